@@ -1,0 +1,171 @@
+"""The door. Options are read first and the heavy imports follow, so that `cdm --help` is quick.
+
+Exit codes: 0 done, 1 the job failed, 2 the config or the command line is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from cdm.config import Config
+
+app = typer.Typer(
+    help="Distil a language model into a student with another tokenizer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+    rich_markup_mode=None,  # its boxes cost half of the start-up time
+)
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, for instance configs/demo.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. student.learning_rate=1e-4")
+]
+DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
+
+
+def fail(message: str, code: int) -> None:
+    """One clear line a problem on standard error, then the exit code."""
+    for line in message.splitlines():
+        typer.echo(f"error: {line}", err=True)
+    raise SystemExit(code)
+
+
+def read(config: str, overrides: list[str] | None) -> Config:
+    from cdm.config import ConfigError, load_config
+
+    try:
+        return load_config(config, overrides)
+    except ConfigError as error:
+        fail(str(error), 2)
+        raise
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """The whole pipeline on this machine: the Python packages here as the corpus, two small models made from it."""
+    _run(str(DEMO), [*_gpu_overrides(), *(overrides or [])], "pipeline")
+
+
+def _gpu_overrides() -> list[str]:
+    """The demo's resources on a machine with NVIDIA GPUs: one engine, and up to two workers, with a GPU each."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        return []
+    student = [f"resources.student.workers={min(2, gpus)}", "resources.student.gpus=1"]
+    return ["resources.teacher.actors=1", "resources.teacher.gpus=1", *student]
+
+
+@app.command()
+def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Make the models of the config that are of `type: pretrain`."""
+    _run(config, overrides, "pretrain")
+
+
+@app.command()
+def score(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Score the corpus with every teacher (and all that this needs)."""
+    _run(config, overrides, "score")
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the student with the config's method (and all that this needs)."""
+    _run(config, overrides, "train")
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Evaluate teacher and students on held-out documents (and all that this needs)."""
+    _run(config, overrides, "evaluate")
+
+
+@app.command()
+def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Every stage of the config, in order; what is done already is not done again."""
+    _run(config, overrides, "pipeline")
+
+
+def _run(config: str, overrides: list[str] | None, until: str) -> None:
+    checked = read(config, overrides)
+    from ray_jobs.pipeline import run_stages
+
+    sys.exit(run_stages(checked, until))
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="a corpus, shards, aligned, model or run folder, or a part of one")],
+    rows: Annotated[int, typer.Option(help="documents shown")] = 3,
+) -> None:
+    """What is in a folder or a part, with decoded samples, the teacher's top 5 and the alignment drawn."""
+    from cdm.inspection import inspect_path
+
+    try:
+        inspect_path(path, rows)
+    except (ValueError, OSError) as error:
+        fail(str(error), 1)
+
+
+@app.command("config")
+def show_config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """The resolved config: every default filled in."""
+    import yaml
+
+    typer.echo(yaml.safe_dump(read(config, overrides).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@app.command()
+def schema() -> None:
+    """The config's JSON schema, for editors."""
+    from cdm.config import Config
+
+    typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+
+
+@app.command()
+def ui(
+    config: Annotated[str, typer.Argument(metavar="CONFIG")] = str(DEMO),
+    port: Annotated[int, typer.Option(help="on loopback")] = 5000,
+    overrides: Overrides = None,
+) -> None:
+    """The MLflow page of a config's runs, on loopback."""
+    checked = read(config, overrides)
+    from cdm.tracking import tracking_uri
+
+    try:
+        uri = tracking_uri(checked)
+    except ValueError as error:
+        fail(str(error), 2)
+        raise
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    typer.echo(f"http://127.0.0.1:{port}  ({uri})")
+    os.execv(sys.executable, command)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

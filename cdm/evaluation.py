@@ -1,0 +1,132 @@
+"""How good is a model on held-out documents: bits per byte, agreement with the teacher, sample completions."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from cdm.batches import AlignedData, Row, collate, micro_batches, token_bytes
+from cdm.corpus import read_documents
+from cdm.models import load_model
+from cdm.records import Document, EvalReport
+from cdm.student import StudentModel
+from cdm.tokenizers import Tokenizer, load_tokenizer
+from cdm.vocab_map import exact_map
+
+LN2 = math.log(2)
+
+
+def held_out(aligned: str, shards: Sequence[str], documents: int) -> list[Row]:
+    """The first documents of the test split that every side has whole: the same bytes for every model.
+
+    Raises ValueError where there is none.
+    """
+    data = AlignedData.open(aligned, shards, "test")
+    whole = (row for row in map(data.row, range(len(data))) if _whole(row))
+    rows = list(islice(whole, documents))
+    if not any(len(row.ids_s) > 1 for row in rows):
+        raise ValueError(f"{aligned}: no test document is whole on both sides; raise max_length or corpus.test_share")
+    return rows
+
+
+def _whole(row: Row) -> bool:
+    """Neither cut nor in quarantine: the first teacher's groups cover all tokens of both sides."""
+    scores, groups = row.scores[0], row.alignments[0]
+    if scores is None or scores.truncated:
+        return False
+    return int(groups.bounds_s[-1]) == len(row.ids_s) and int(groups.bounds_t[-1]) == len(scores.ids_t)
+
+
+@torch.no_grad()
+def evaluate_student(
+    name: str,
+    folder: str,
+    rows: Sequence[Row],
+    *,
+    revision: str | None,
+    tokenizer_t: Tokenizer,
+    micro_batch_tokens: int,
+    precision: str = "float32",
+    prompts: Sequence[Document] = (),
+    sample_tokens: int = 64,
+) -> EvalReport:
+    """A student's folder on held-out rows.
+
+    bits_per_byte: nats of the response's tokens over its bytes; end of turn has no bytes and is not counted.
+    agreement: of the groups' first bytes at which the first teacher's most probable token exists in the student's
+    vocabulary, the share where it is the student's most probable token too; None where there is no such byte.
+    """
+    began = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer_s = load_tokenizer(folder, revision=revision)
+    images = exact_map(tokenizer_s, tokenizer_t)
+    inner = load_model(folder, revision=revision, dtype=precision).to(device).eval()
+    model = StudentModel(inner)
+    lengths = np.array([len(row.prompt_s) + len(row.ids_s) for row in rows])
+    nats, size, agreed, shared = 0.0, 0, 0, 0
+    for chunk in micro_batches(np.arange(len(rows)), lengths, world=1, micro_batch_tokens=micro_batch_tokens):
+        documents = [rows[number] for number in chunk]
+        if not documents:
+            continue
+        batch = collate(documents, top_k=1)
+        logits = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.rows_s.to(device)).float()
+        sizes = token_bytes(documents)
+        losses = functional.cross_entropy(logits, batch.targets_s.to(device), reduction="none")
+        nats += float(losses[torch.from_numpy(sizes > 0).to(device)].double().sum())
+        size += int(sizes.sum())
+        teacher = batch.teachers[0]
+        best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0].numpy()
+        wanted = np.where(best_t < len(images), images[np.minimum(best_t, len(images) - 1)], -1)  # padded rows: none
+        best_s = logits.argmax(-1).cpu().numpy()[teacher.groups_s[:, 0].numpy()]
+        agreed += int((best_s == wanted).sum())
+        shared += int((wanted >= 0).sum())
+    return EvalReport(
+        name=name,
+        bits_per_byte=nats / size / LN2,
+        agreement=agreed / shared if shared else None,
+        documents=len(rows),
+        response_bytes=size,
+        shared_boundaries=shared,
+        seconds=time.perf_counter() - began,
+        samples=tuple(_complete(inner, tokenizer_s, document, sample_tokens) for document in prompts),
+    )
+
+
+def evaluate_teacher(name: str, rows: Sequence[Row]) -> EvalReport:
+    """The first teacher's own bits per byte, from its stored scores: no forward pass."""
+    nats, size = 0.0, 0
+    for row in rows:
+        scores = row.scores[0]
+        assert scores is not None  # `held_out` leaves out documents in quarantine
+        sizes = np.diff(scores.ends_t, prepend=0)
+        nats -= float(scores.logp_t[sizes > 0].astype(np.float64).sum())
+        size += int(sizes.sum())
+    return EvalReport(name, nats / size / LN2, 1.0, len(rows), size, 0, 0.0)
+
+
+def sample_prompts(corpus: str, rows: Sequence[Row], count: int) -> list[Document]:
+    """The documents behind the first rows."""
+    wanted = [row.id for row in rows[:count]]
+    found = {document.id: document for document in read_documents(corpus, "test-00000.parquet")}
+    return [found[identity] for identity in wanted if identity in found]
+
+
+def _complete(model: Any, tokenizer: Tokenizer, document: Document, tokens: int) -> dict[str, str]:
+    """The most probable completion of a document's prompt, special tokens left out."""
+    prompt = torch.tensor([tokenizer.encode_prompt(document.prompt)], device=model.device)
+    room = model.config.max_position_embeddings - prompt.shape[1]
+    if room < 1:
+        return {"prompt": document.prompt[-1].content, "reference": document.response, "completion": ""}
+    out = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=min(tokens, room), do_sample=False,
+        eos_token_id=tokenizer.end_of_turn_id, pad_token_id=tokenizer.end_of_turn_id,
+    )  # fmt: skip
+    completion = tokenizer.hf.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
+    return {"prompt": document.prompt[-1].content, "reference": document.response, "completion": completion}

@@ -1,0 +1,81 @@
+"""What a person reads at the end: the table of results, sample completions, a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from cdm.checkpoints import ABOUT, read_about
+from cdm.records import EvalReport
+
+Columns = dict[str, list[Any]]
+
+
+def results(reports: Sequence[EvalReport], folders: dict[str, str]) -> Columns:
+    """One row a model. Training seconds are those of the student's steps, over restarts, without start-up."""
+    about = [_about(folders.get(report.name)) for report in reports]
+    return {
+        "model": [report.name for report in reports],
+        "steps": [one.get("steps") for one in about],
+        "bits per byte": [round(report.bits_per_byte, 4) for report in reports],
+        "agreement": [None if r.agreement is None else round(r.agreement, 4) for r in reports],
+        "training seconds": [round(one["seconds"], 1) if "seconds" in one else None for one in about],
+        "evaluation seconds": [round(report.seconds, 1) for report in reports],
+    }
+
+
+def _about(folder: str | None) -> dict[str, Any]:
+    return read_about(folder) if folder and (Path(folder) / ABOUT).exists() else {}
+
+
+def print_results(columns: Columns, console: Console) -> None:
+    table = Table(title="Held-out documents", title_justify="left")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(_cell, row))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:,}"
+
+
+def print_samples(report: EvalReport, console: Console) -> None:
+    for sample in report.samples:
+        console.rule(f"[bold]{report.name}: a completion", align="left")
+        console.print(sample["prompt"].strip(), style="dim", markup=False)
+        console.print(sample["completion"].rstrip() or "(nothing)", markup=False)
+
+
+def results_figure(columns: Columns) -> Figure:
+    """Bits per byte and agreement, a bar a model."""
+    figure = Figure(figsize=(9, 0.6 + 0.45 * len(columns["model"])), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = list(columns["model"])
+    for axes, key, unit in ((left, "bits per byte", "bits per byte, lower is better"), (right, "agreement", "share")):
+        values = [value or 0.0 for value in columns[key]]
+        bars = axes.barh(names, values, color="#3b6ea5")
+        axes.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=3, fontsize=8)
+        axes.set_xlabel(unit if key == "bits per byte" else "agreement with the teacher's next token, share")
+        axes.margins(x=0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.invert_yaxis()
+    return figure
+
+
+def samples_table(reports: Sequence[EvalReport]) -> Columns:
+    """Completions side by side: prompt, reference, then a column a model."""
+    first = next((report for report in reports if report.samples), None)
+    if first is None:
+        return {}
+    columns: Columns = {key: [sample[key] for sample in first.samples] for key in ("prompt", "reference")}
+    for report in reports:
+        if report.samples:
+            columns[report.name] = [sample["completion"] for sample in report.samples]
+    return columns

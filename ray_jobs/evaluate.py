@@ -1,0 +1,69 @@
+"""Ray tasks around `cdm.evaluation`: one a model, all on the same held-out documents.
+
+`python -m ray_jobs.evaluate CONFIG` runs a config up to its table of results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import ray
+
+from cdm.config import StudentPool
+from cdm.evaluation import evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.records import EvalReport
+from cdm.tokenizers import load_tokenizer
+from ray_jobs.cluster import use_cpus
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What every model is measured on. tokenizer_t: name and revision of the first teacher's."""
+
+    corpus: str
+    aligned: str
+    shards: tuple[str, ...]
+    tokenizer_t: tuple[str, str | None]
+    documents: int
+    samples: int
+    sample_tokens: int
+    micro_batch_tokens: int
+
+
+def evaluate(
+    job: EvaluationJob,
+    teacher: str,
+    students: Mapping[str, tuple[str, str | None]],
+    pool: StudentPool,
+    on_progress: Callable[[int], None],
+) -> list[EvalReport]:
+    """The teacher's report and one a student (folder or hub name, revision), in the order given."""
+    task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.custom or None)(_evaluate_one)
+    pending = [task.remote(job, name, *model, pool.cpus) for name, model in students.items()]
+    reports = [evaluate_teacher(teacher, held_out(job.aligned, job.shards, job.documents))]
+    for done, one in enumerate(pending):
+        reports.append(ray.get(one))
+        on_progress(done + 2)
+    return reports
+
+
+def _evaluate_one(job: EvaluationJob, name: str, folder: str, revision: str | None, cpus: float) -> EvalReport:
+    use_cpus(cpus)
+    rows = held_out(job.aligned, job.shards, job.documents)
+    return evaluate_student(
+        name,
+        folder,
+        rows,
+        revision=revision,
+        tokenizer_t=load_tokenizer(job.tokenizer_t[0], revision=job.tokenizer_t[1]),
+        micro_batch_tokens=job.micro_batch_tokens,
+        prompts=sample_prompts(job.corpus, rows, job.samples),
+        sample_tokens=job.sample_tokens,
+    )
+
+
+if __name__ == "__main__":
+    from ray_jobs.pipeline import main
+
+    main("evaluate")

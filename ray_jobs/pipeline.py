@@ -1,0 +1,120 @@
+"""A config from the command line to the exit code: `python -m ray_jobs.pipeline CONFIG` is `cdm pipeline CONFIG`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+from ray.exceptions import RayError, RayTaskError
+from ray.train import TrainingFailedError
+
+from cdm.config import Config, ConfigError, Pretrain, Student, Teacher, load_config, storage_path
+from cdm.models import check_pair, context_problems
+from cdm.progress import console
+from cdm.report import print_results, print_samples, results, results_figure, samples_table
+from ray_jobs.cluster import IN_JOB, check_pool, connect
+from ray_jobs.stages import Pipeline, closing, write_text
+
+
+def show(pipeline: Pipeline) -> None:
+    """The table, the samples and where everything is: printed, and logged to the pipeline's run."""
+    reports, run = pipeline.reports, pipeline.run
+    columns = results(reports, pipeline.students)
+    print_results(columns, console)
+    print_samples(reports[-1], console)
+    run.table("results", columns)
+    run.table("samples", samples_table(reports))
+    run.figure("results.png", results_figure(columns))
+    for report in reports:
+        name = re.sub(r"[^\w./-]+", "_", report.name)  # what MLflow takes in a metric's name
+        run.metrics(0, {f"bits_per_byte.{name}": report.bits_per_byte, f"agreement.{name}": report.agreement or 0.0})
+    console.print(f"student: {pipeline.students[reports[-1].name]}", soft_wrap=True)
+    console.print("runs:    `make ui` or `cdm ui CONFIG` opens MLflow on this machine")
+
+
+def run_stages(config: Config, until: str) -> int:
+    """Runs a config up to a stage: pretrain, score, train, evaluate or pipeline (all). Returns the exit code.
+
+    2: the models cannot work together, nothing was started. 1: a stage failed, said in one line; the traceback is in
+    the storage folder. 130: interrupted. In each case the same command goes on from where it was.
+    """
+    problems = preflight(config)
+    if problems:
+        for problem in problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return 2
+    try:
+        with connect():
+            check_pools(config)
+            pipeline = Pipeline(config)
+            with closing(pipeline.run):
+                STAGES[until](pipeline)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RayError, TrainingFailedError, MlflowException) as error:
+        log = storage_path(config, "error.log")
+        write_text(Path(log), traceback.format_exc())
+        print(f"error: {root_cause(error)}\n(traceback: {log}; the same command goes on from here)", file=sys.stderr)
+        return 1
+    return 0
+
+
+STAGES: dict[str, Callable[[Pipeline], object]] = {
+    "pretrain": lambda pipeline: (pipeline.teachers, pipeline.student),
+    "score": lambda pipeline: pipeline.shards,
+    "train": lambda pipeline: pipeline.trained(pipeline.config.method),
+    "evaluate": show,
+    "pipeline": show,
+}
+
+
+def check_pools(config: Config) -> None:
+    """Raise ValueError where this machine can never hold one engine, or all of the student's workers."""
+    check_pool(config.resources.teacher, 1, "resources.teacher", "an engine's workers")
+    check_pool(config.resources.student, config.resources.student.workers, "resources.student", "the workers")
+
+
+def preflight(config: Config) -> list[str]:
+    """Why the config's models cannot work together; models that are yet to be made are not looked at."""
+    ready = [section.model for section in [*config.teachers, config.student]]
+    paths = [None if isinstance(model, Pretrain) else (model.name, model.revision) for model in ready]
+    found = [problem for teacher in paths[:-1] for problem in check_pair(teacher, paths[-1])]
+    sections: list[Teacher | Student] = [*config.teachers, config.student]
+    for section in sections:
+        if not isinstance(section.model, Pretrain):
+            found += context_problems(section.model.name, section.model.revision, section.max_length)
+    if IN_JOB in os.environ and not os.path.isabs(os.path.expanduser(config.storage)):
+        found.append(f"storage: {config.storage} would be lost with the job's working directory; give a full path")
+    return list(dict.fromkeys(found))
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line that says what went wrong, through Ray's wrappers."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def main(until: str) -> None:
+    """`python -m ray_jobs.<stage> CONFIG [--set KEY=VALUE]...`: what `ray job submit` starts."""
+    parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{until}")
+    parser.add_argument("config")
+    parser.add_argument("--set", dest="overrides", action="append", metavar="KEY=VALUE", default=[])
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+    except ConfigError as error:
+        parser.exit(2, "".join(f"error: {problem}\n" for problem in error.problems))
+    sys.exit(run_stages(config, until))
+
+
+if __name__ == "__main__":
+    main("pipeline")

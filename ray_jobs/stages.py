@@ -1,0 +1,321 @@
+"""Every stage of a config, in order, each with its own cache: corpus, models, scores, alignment, students, evaluation.
+
+A stage whose output is whole is not run again; its folder's name is the digest of what was asked and of what it was
+made from, so a changed config is a new folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cdm import __version__, parts
+from cdm.config import (
+    AnyMethod,
+    Config,
+    Pretrain,
+    Sft,
+    Student,
+    Teacher,
+    digest,
+    storage_path,
+)
+from cdm.corpus import corpus_identity, write_corpus
+from cdm.models import build_model, model_identity
+from cdm.progress import StageView, skipped
+from cdm.records import EvalReport
+from cdm.student import Metrics, TrainingJob
+from cdm.tokenizers import Tokenizer, load_tokenizer
+from cdm.tracking import Experiment, MlflowTracker, Tracker
+from cdm.vocab_map import vocab_map_file
+from ray_jobs.align import align
+from ray_jobs.evaluate import EvaluationJob, evaluate
+from ray_jobs.score import score
+from ray_jobs.train import run_training
+
+FORMAT = 1  # part of every identity: raised when the same request no longer gives the same bytes
+
+
+BEFORE = "student before"
+
+
+def label(method: AnyMethod) -> str:
+    """A method by name, with the options that are not the defaults: two of one type stay apart."""
+    default = type(method)(type=method.type)
+    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
+    return ", ".join([method.type, *options])
+
+
+def short(*values: object) -> str:
+    return digest(FORMAT, *values)[:12]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that exists on disk or on the hub, with what identifies it."""
+
+    name: str
+    path: str
+    revision: str | None
+    identity: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path, revision=self.revision)
+
+
+class Pipeline:
+    """One config's stages. Each is a cached property: asking for the last one runs all that it needs."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.experiment = Experiment(config)
+        asked = config.model_dump(mode="json", exclude={"storage", "resources", "tracking"})
+        self.run = self.experiment.run("pipeline", config.name, short(asked))
+        self.run.params(config.model_dump(mode="json"))
+        self.run.tags(
+            {
+                "cdm.version": __version__,
+                "cdm.method": config.method.type,
+                "cdm.teacher": ", ".join(teacher.model.name for teacher in config.teachers),
+                "cdm.student": config.student.model.name,
+            }
+        )
+
+    def folder(self, *names: str) -> str:
+        return storage_path(self.config, *names)
+
+    # --- corpus
+
+    @cached_property
+    def corpus(self) -> str:
+        folder = self.folder("corpus", short(corpus_identity(self.config.corpus)))
+        if parts.is_finished(folder):
+            skipped("corpus", folder)
+            return folder
+        with StageView("corpus", "documents") as view:
+            manifest = write_corpus(self.config.corpus, folder, view.update)
+            view.update(manifest.rows)
+        return folder
+
+    @cached_property
+    def corpus_manifest(self) -> parts.Manifest:
+        manifest = parts.read_manifest(self.corpus)
+        empty = [split for split, documents in manifest.meta["splits"].items() if not documents]
+        if empty:
+            raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
+        return manifest
+
+    # --- models
+
+    def model(self, section: Teacher | Student) -> Model:
+        asked = section.model
+        if not isinstance(asked, Pretrain):
+            return Model(asked.name, asked.name, asked.revision, model_identity(asked.name, asked.revision))
+        identity = short(asked, self.corpus_manifest.fingerprint, self.config.seed)
+        path = self.folder("models", f"{asked.name}-{identity}")
+        if Path(path).exists():
+            skipped(f"pretrain {asked.name}", path)
+        else:
+            self._pretrain(asked, path, identity)
+        return Model(asked.name, path, None, model_identity(path, None))
+
+    def _pretrain(self, asked: Pretrain, path: str, identity: str) -> None:
+        initial = path if asked.training.steps == 0 else f"{path}.initial"
+        if not Path(initial).exists():
+            with StageView(f"initialise {asked.name}", "models", 1) as view:
+                build_model(asked, self.corpus, initial, seed=self.config.seed)
+                view.update(1)
+        if asked.training.steps:
+            untrained = Model(asked.name, initial, None, identity)
+            job = TrainingJob(
+                model=initial, revision=None, tokenizer=initial, optimisation=asked.training, method=Sft(type="sft"),
+                aligned=self.align(untrained, (), asked.training.max_length), shards=(), maps=(), weights=(),
+                seed=self.config.seed, export=path, targets="all",
+            )  # fmt: skip
+            self._train(f"pretrain {asked.name}", job, identity)
+
+    @cached_property
+    def teachers(self) -> list[Model]:
+        return [self.model(teacher) for teacher in self.config.teachers]
+
+    @cached_property
+    def student(self) -> Model:
+        return self.model(self.config.student)
+
+    # --- scores
+
+    @cached_property
+    def shards(self) -> tuple[str, ...]:
+        pairs = zip(self.config.teachers, self.teachers, strict=True)
+        return tuple(self._scored(section, model) for section, model in pairs)
+
+    def _scored(self, section: Teacher, model: Model) -> str:
+        engine = section.engine
+        asked = (model.identity, engine.type, engine.dtype, section.top_k, section.max_length)
+        identity = short(asked, self.corpus_manifest.fingerprint)
+        folder = self.folder("shards", f"{Path(model.name).name}-{identity}")
+        if parts.is_finished(folder):
+            skipped(f"score {model.name}", folder)
+            return folder
+        run = self.experiment.run("score", f"score {model.name}", identity, self.run)
+        run.params(section.model_dump(mode="json"))
+        total = self.corpus_manifest.rows
+        with closing(run), StageView(f"score {model.name}", "documents", total) as view:
+            manifest = score(
+                section,
+                model_path=model.path,
+                model_identity=model.identity,
+                corpus_folder=self.corpus,
+                shards_folder=folder,
+                pool=self.config.resources.teacher,
+                on_progress=lambda done, note: view.update(done, note),
+            )
+            run.tags({"cdm.shards": folder, "cdm.fingerprint": manifest.fingerprint})
+            run.metrics(0, {k: float(v) for k, v in manifest.meta.items() if isinstance(v, int | float)})
+        return folder
+
+    # --- alignment
+
+    def align(self, student: Model, shards: tuple[str, ...], max_length: int) -> str:
+        """The folder of the corpus tokenised for a student, and aligned with the scores in `shards`."""
+        meta = {
+            "corpus": self.corpus_manifest.fingerprint,
+            "shards": [parts.read_manifest(folder).fingerprint for folder in shards],
+            "tokenizer_s": student.tokenizer.fingerprint,
+            "max_length": max_length,
+        }
+        folder = self.folder("aligned", short(meta))
+        if parts.is_finished(folder):
+            skipped("align", folder)
+            return folder
+        with StageView("align", "parts", len(self.corpus_manifest.parts)) as view:
+            align(
+                self.corpus,
+                shards,
+                (student.path, student.revision),
+                folder,
+                max_length=max_length,
+                meta=meta,
+                on_progress=view.update,
+            )
+        return folder
+
+    @cached_property
+    def aligned(self) -> str:
+        return self.align(self.student, self.shards, self.config.student.max_length)
+
+    def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
+        """A file a teacher; None where teacher and student share the tokenizer."""
+        if isinstance(method, Sft):
+            return (None,) * len(self.teachers)
+        student = self.student.tokenizer
+        found: list[str | None] = []
+        for model in self.teachers:
+            teacher = model.tokenizer
+            if teacher.vocabulary == student.vocabulary:
+                found.append(None)
+                continue
+            file = vocab_map_file(student, teacher, method.threshold, method.protect, self.folder("maps"))
+            found.append(str(file))
+        return tuple(found)
+
+    # --- students
+
+    def trained(self, method: AnyMethod) -> str:
+        """The folder of the student that this method trains."""
+        optimisation = self.config.student
+        weights = tuple(teacher.weight for teacher in self.config.teachers)
+        aligned = parts.read_manifest(self.aligned).fingerprint
+        steps = optimisation.model_dump(mode="json", exclude={"model"})
+        identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
+        export = self.folder("students", f"{self.config.name}-{method.type}-{identity}")
+        if Path(export).exists():
+            skipped(f"train {label(method)}", export)
+            return export
+        job = TrainingJob(
+            model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
+            optimisation=optimisation, method=method, aligned=self.aligned, shards=self.shards,
+            maps=self.maps(method), weights=weights, seed=self.config.seed, export=export,
+        )  # fmt: skip
+        self._train(f"train {label(method)}", job, identity)
+        return export
+
+    def _train(self, title: str, job: TrainingJob, identity: str) -> None:
+        run = self.experiment.run("train", title, identity, self.run)
+        run.params({"method": job.method.model_dump(mode="json"), "student": job.optimisation.model_dump(mode="json")})
+        run.tags({"cdm.method": job.method.type, "cdm.export": job.export, "cdm.aligned": job.aligned})
+        Path(job.export).parent.mkdir(parents=True, exist_ok=True)
+        with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
+            run_training(
+                job,
+                self.config.resources.student,
+                folder=self.folder("runs"),
+                name=f"{job.method.type}-{identity}",
+                run=run.ref if isinstance(run, MlflowTracker) else None,
+                on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
+            )
+            view.update(job.optimisation.steps)
+
+    # --- evaluation
+
+    @cached_property
+    def students(self) -> dict[str, str]:
+        """The folder of the student before, and of each that is trained, by the name that the table gives it."""
+        found = {BEFORE: self.student.path}
+        for method in [*self.config.baselines, self.config.method]:
+            found[f"student, {label(method)}"] = self.trained(method)
+        return found
+
+    @cached_property
+    def reports(self) -> list[EvalReport]:
+        """The teacher, the student before, and each trained student, on the same documents."""
+        students = self.students
+        asked, pool = self.config.evaluation, self.config.resources.student
+        names = {name: Path(folder).name for name, folder in students.items()}
+        identity = short(asked, parts.read_manifest(self.aligned).fingerprint, names)
+        file = Path(self.folder("reports", f"{identity}.json"))
+        if file.exists():
+            skipped("evaluate", str(file))
+            return [EvalReport(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
+        teacher = self.teachers[0]
+        job = EvaluationJob(
+            corpus=self.corpus, aligned=self.aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
+            documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
+            micro_batch_tokens=self.config.student.micro_batch_tokens,
+        )  # fmt: skip
+        folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
+        folders |= {BEFORE: (self.student.path, self.student.revision)}
+        run = self.experiment.run("evaluate", "evaluate", identity, self.run)
+        with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
+            reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
+        write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
+        return reports
+
+
+@contextmanager
+def closing(run: Tracker) -> Iterator[None]:
+    """Ends a stage's run as what it was: finished, failed, or killed by Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.close("KILLED")
+        raise
+    except BaseException:
+        run.close("FAILED")
+        raise
+    run.close()
+
+
+def _metrics_note(metrics: Metrics) -> str:
+    shown = [f"{name} {metrics[name]:.3f}" for name in ("loss", "ce", "kd") if name in metrics]
+    return ", ".join([*shown, f"{metrics['tokens_a_second']:,.0f} tokens/s"])
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    parts.write_bytes(str(file.parent), file.name, text.encode())

@@ -1,0 +1,44 @@
+"""What every test needs: one thread each, nothing that calls home, and the real data where it is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library is imported; child processes inherit it.
+os.environ.update(
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    HF_HUB_OFFLINE="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    VLLM_NO_USAGE_STATS="1",
+    DO_NOT_TRACK="1",
+)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real models and texts that CDM_REAL_DATA names; the test is skipped without it."""
+    folder = os.environ.get("CDM_REAL_DATA")
+    if not folder:
+        pytest.skip("CDM_REAL_DATA is not set")
+    path = Path(folder).resolve()
+    if not path.is_dir():
+        pytest.fail(f"CDM_REAL_DATA names no folder: {folder}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """Storage, config and output of one undisturbed run of the whole tiny pipeline, with a baseline."""
+    from tests import whole
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    config = whole.write_config(folder, folder / "storage", baselines=[{"type": "sft"}])
+    process = whole.start("pipeline", config)
+    output = whole.finish(process)
+    assert process.returncode == 0, output
+    return folder / "storage", config, output

@@ -1,0 +1,117 @@
+"""A real `ray start --head` on loopback: the pipeline submitted as a job, its status, logs and exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.whole import ROOT, runs, students, without_the_student, write_config
+
+pytestmark = pytest.mark.slow
+
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a fresh head node, with token authentication on."""
+    folder = tmp_path_factory.mktemp("head")
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    token.chmod(0o600)
+    dashboard, gcs = free_port(), free_port()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        "RAY_TMPDIR": str(folder),
+    }
+    options = [f"--port={gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--dashboard-port={dashboard}"]
+    options += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--object-store-memory={200 * 2**20}"]
+    command = [*RAY, "start", "--head", *options, "--disable-usage-stats", "--block"]
+    with open(folder / "head.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    try:
+        wait_for_the_job_server(client, process)
+        yield client
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for_the_job_server(client: dict[str, str], process: subprocess.Popen[bytes]) -> None:
+    for _ in range(60):
+        done = subprocess.run([*RAY, "job", "list"], env=client, capture_output=True, check=False, timeout=120)
+        if done.returncode == 0:
+            return
+        assert process.poll() is None, "ray start ended"
+    raise AssertionError(done.stderr.decode())
+
+
+def submit(client: dict[str, str], folder: Path, *command: str) -> tuple[subprocess.CompletedProcess[str], str]:
+    """Submits from the project's files alone and waits; the finished client and the job's id."""
+    name = f"job-{secrets.token_hex(4)}"
+    options = ["--working-dir", str(ROOT), "--submission-id", name, "--runtime-env-json"]
+    excludes = '{"excludes": [".venv", ".git", "outputs", ".hypothesis", ".mypy_cache", ".pytest_cache"]}'
+    full = [*RAY, "job", "submit", *options, excludes, "--", *command]
+    done = subprocess.run(full, env=client, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    return done, name
+
+
+def test_a_submitted_pipeline_ends_with_its_table(
+    head: dict[str, str], finished: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    without_the_student(finished[0], tmp_path / "storage")
+    config = write_config(tmp_path, tmp_path / "storage")
+    done, name = submit(head, tmp_path, sys.executable, "-m", "ray_jobs.pipeline", config)
+    assert done.returncode == 0, done.stdout + done.stderr
+    status = subprocess.run([*RAY, "job", "status", name], env=head, capture_output=True, text=True, check=True)
+    assert "succeeded" in (status.stdout + status.stderr).lower()
+    logs = subprocess.run([*RAY, "job", "logs", name], env=head, capture_output=True, text=True, check=True).stdout
+    for text in ("have score teacher", "done train cdm", "bits per byte", "student, cdm"):
+        assert text in logs
+    assert any("-cdm-" in folder.name for folder in students(tmp_path / "storage"))
+    assert runs(tmp_path / "storage")["tiny"].info.status == "FINISHED"
+
+
+def test_a_failing_job_says_why_and_fails(head: dict[str, str], tmp_path: Path) -> None:
+    config = write_config(tmp_path, tmp_path / "storage")
+    done, name = submit(
+        head, tmp_path, sys.executable, "-m", "ray_jobs.pipeline", config, "--set", "student.learning_rat=1"
+    )
+    assert done.returncode != 0
+    status = subprocess.run([*RAY, "job", "status", name], env=head, capture_output=True, text=True, check=False)
+    assert "failed" in (status.stdout + status.stderr).lower()
+    assert re.search(r"exit code 2\b", status.stdout + status.stderr + done.stdout + done.stderr)
+    logs = subprocess.run([*RAY, "job", "logs", name], env=head, capture_output=True, text=True, check=False).stdout
+    assert "student.learning_rat: unknown key; did you mean learning_rate?" in logs
+
+
+def test_a_job_with_a_relative_storage_is_refused(head: dict[str, str], tmp_path: Path) -> None:
+    config = write_config(tmp_path, tmp_path / "storage")
+    done, _ = submit(head, tmp_path, sys.executable, "-m", "ray_jobs.pipeline", config, "--set", "storage=outputs")
+    assert done.returncode != 0 and "would be lost with the job's working directory" in done.stdout
+
+
+def test_a_client_without_the_token_is_refused(head: dict[str, str], tmp_path: Path) -> None:
+    stranger = {key: value for key, value in head.items() if "AUTH" not in key} | {"HOME": str(tmp_path)}
+    done = subprocess.run(
+        [*RAY, "job", "submit", "--", "true"], env=stranger, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0 and re.search("401|[Uu]nauth|token", done.stdout + done.stderr)
