@@ -24,6 +24,7 @@ from cdm.records import Document, Message
 
 ROWS = [{"prompt": f"Question {n}?", "response": f"The answer to question {n} is {n * n}."} for n in range(300)]
 
+ALL_TRAIN: dict[str, Any] = {"validation_share": 1e-12, "test_share": 1e-12}  # no id falls below these
 
 def _jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -174,7 +175,7 @@ def test_any_text_survives_as_its_slow_twin_says(
             candidate = (corpus.document_id((Message("user", prompt),), response), prompt, response)
             kept[key] = min(candidate, kept.get(key, candidate))
     rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
-    _, documents = _write(tmp_path, rows, max_response_bytes=100, validation_share=0.0, test_share=0.0)
+    _, documents = _write(tmp_path, rows, max_response_bytes=100, **ALL_TRAIN)
     assert [(d.id, d.prompt[0].content, d.response) for d in documents] == sorted(kept.values())
 
 
@@ -194,8 +195,7 @@ def test_chat_turns_teach_the_last_assistant_turn(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "Anyone?"}]},
         {"messages": [{"role": "tool", "content": "{}"}, {"role": "assistant", "content": "Done."}]},
     ]
-    options = {"messages": "messages", "system": "You help.", "validation_share": 0.0, "test_share": 0.0}
-    manifest, documents = _write(tmp_path, rows, **options)
+    manifest, documents = _write(tmp_path, rows, messages="messages", system="You help.", **ALL_TRAIN)
     found = {d.response: [(m.role, m.content) for m in d.prompt] for d in documents}
     assert found == {
         "Nothing.": [(turn["role"], turn["content"]) for turn in chat[:4]],
