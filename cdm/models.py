@@ -16,19 +16,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import transformers  # models and their configs cost seconds to import: they are named where they are used
 from tokenizers import AddedToken, Regex, decoders, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from cdm import parts
@@ -123,7 +116,7 @@ def init_model(section: Pretrain, tokenizer_folder: str | Path, folder: str | Pa
     tokenizer = load_tokenizer(str(tokenizer_folder))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(_model_config(section, tokenizer), dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_config(_model_config(section, tokenizer), dtype=torch.float32)
     roles = tokenizer.special_roles
     ends = sorted({tokenizer.end_of_turn_id, roles["eos"]})
     model.generation_config = GenerationConfig(
@@ -148,9 +141,9 @@ def _publish(unfinished: Path, folder: Path) -> None:
     parts.fsync_folder(str(folder.parent))
 
 
-def _model_config(section: Pretrain, tokenizer: Tokenizer) -> Qwen2Config | LlamaConfig:
+def _model_config(section: Pretrain, tokenizer: Tokenizer) -> transformers.PretrainedConfig:
     roles = tokenizer.special_roles
-    kind = {"qwen2": Qwen2Config, "llama": LlamaConfig}[section.architecture]
+    kind = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[section.architecture]
     return kind(
         vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=section.hidden_size,
@@ -243,13 +236,13 @@ def _special(token: str) -> AddedToken:
 # --- loaded ------------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+def load_model(name: str, *, revision: str | None = None, dtype: str = "float32") -> transformers.PreTrainedModel:
     """A causal language model from a folder or the hub. `dtype` is bfloat16, float16 or float32.
 
     Raises ValueError where there are no safetensors weights to load.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False
         )
     except OSError as error:

@@ -12,9 +12,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import transformers  # its Auto classes cost seconds to import: they are named where they are used
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
 from cdm.records import Message
@@ -181,7 +182,9 @@ def load_tokenizer(path_or_name: str, *, revision: str | None = None) -> Tokeniz
         if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False):
             hf = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
         else:  # older repositories hold vocab.json and merges.txt, or a SentencePiece model
-            hf = AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True, trust_remote_code=False)
+            hf = transformers.AutoTokenizer.from_pretrained(
+                name, revision=revision, use_fast=True, trust_remote_code=False
+            )
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer could be read at {name!r}: {error}") from error
     if not isinstance(hf, PreTrainedTokenizerFast):

@@ -42,3 +42,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     output = whole.finish(process)
     assert process.returncode == 0, output
     return folder / "storage", config, output
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: a file's tests share their fixtures in one process, and so do all files that
+    read the finished pipeline. What takes long begins first.
+    """
+    pipeline = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("pipeline" if item.path in pipeline else item.path.stem))
+    items.sort(key=lambda item: (item.path not in pipeline, item.path not in slow))

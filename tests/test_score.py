@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pytest
+import torch
 
 from cdm import corpus, parts, shards
 from cdm.config import Teacher, TeacherPool
@@ -167,8 +168,9 @@ def test_a_killed_driver_leaves_whole_parts_and_the_next_run_does_the_rest(
 
     teacher = asked(model, TRANSFORMERS)
     by_hand = in_process(teacher, model, corpus_folder, tmp_path / "undisturbed")
-    for part in parts.read_manifest(corpus_folder).parts:
-        by_hand(one_row(part))
+    with threads(int(ALL_CPUS.cpus)):  # as many as an actor has: how sums are divided among them decides their last bit
+        for part in parts.read_manifest(corpus_folder).parts:
+            by_hand(one_row(part))
     shards.finish_shards(str(tmp_path / "undisturbed"), names, by_hand.identity)
     assert files(folder) == files(tmp_path / "undisturbed")
 
@@ -178,6 +180,14 @@ def in_process(teacher: Teacher, model: str, corpus_folder: str, folder: Path, a
     scorer = {"model": model, "engine": teacher.engine.model_dump(), "top_k": 8, "max_length": teacher.max_length}
     identity = shards_identity(teacher, model, "weights", parts.read_manifest(corpus_folder).fingerprint)
     return ScorePart(scorer, corpus_folder, str(folder), identity, count_attempt=lambda name: attempt)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    yield
+    torch.set_num_threads(before)
 
 
 def one_row(part: parts.Part) -> pa.Table:
