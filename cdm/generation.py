@@ -77,9 +77,8 @@ class ResponseGenerator:
 
         Training prompts get `samples` responses each, held-out ones a single one.
         """
-        counts: Counter[str] = Counter()
         kept = {d.id: d for d in documents if not to_generate(d, split, self.replace)}
-        counts["given"] = len(kept)
+        counts = Counter(given=len(kept), prompts=0, samples=0, tokens=0, generated=0)
         asked: list[tuple[Document, int]] = []
         requests: list[Request] = []
         for document in documents:

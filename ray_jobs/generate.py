@@ -45,7 +45,7 @@ def generate(
         if name not in missing:
             tally.add(source.part(name).rows, read_generated(generated_folder, name, identity).counts)
     arguments = {
-        "generator": _generator_arguments(config, model_path),
+        "generator": generator_arguments(config, model_path),
         "source_folder": source_folder,
         "generated_folder": generated_folder,
         "identity": dict(identity),
@@ -79,6 +79,22 @@ def generation_identity(
         "check": check_identity(section.check.model_dump() if section.check else None),
         "seed": config.seed,
         "source": source_fingerprint,
+    }
+
+
+def generator_arguments(config: Config, model_path: str) -> dict[str, Any]:
+    """What an actor's ResponseGenerator is made with."""
+    section, teacher = config.generation, config.generator
+    assert section is not None
+    return {
+        **section.model_dump(exclude={"model", "engine", "max_length"}),
+        "model": model_path,
+        "revision": _revision(config),
+        "engine": teacher.engine.model_dump(),
+        "max_length": teacher.max_length,
+        "min_bytes": config.corpus.min_response_bytes,
+        "max_bytes": config.corpus.max_response_bytes,
+        "seed": config.seed,
     }
 
 
@@ -132,21 +148,6 @@ class _Tally:
     def _note(self) -> str:
         kept = f"{self._counts['generated']} of {self._counts['samples']} samples kept"
         return f"{self.rate:,.0f} tokens/s, {kept}" if self._began else f"{kept}, from an earlier run"
-
-
-def _generator_arguments(config: Config, model_path: str) -> dict[str, Any]:
-    section, teacher = config.generation, config.generator
-    assert section is not None
-    return {
-        **section.model_dump(exclude={"model", "engine", "max_length"}),
-        "model": model_path,
-        "revision": _revision(config),
-        "engine": teacher.engine.model_dump(),
-        "max_length": teacher.max_length,
-        "min_bytes": config.corpus.min_response_bytes,
-        "max_bytes": config.corpus.max_response_bytes,
-        "seed": config.seed,
-    }
 
 
 def _revision(config: Config) -> str | None:
