@@ -7,7 +7,8 @@ is trained on with another response. Where a later stage generates responses (cd
 one are kept, with an empty response.
 
 Millions of documents: texts wait on disk, in unnamed temporary files by the first digits of their ids, and one such
-bucket is in memory at a time; what stays in memory is 16 bytes of hash per document (about 100 with Python's own).
+bucket is in memory at a time; what stays in memory is 16 bytes of hash per document (about 100 with Python's own),
+twice that where responses are generated.
 """
 
 from __future__ import annotations
