@@ -7,8 +7,8 @@ Code that a model wrote is never run here: such a check needs a sandbox, and wou
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -92,16 +92,17 @@ def _function_check(name: str) -> Check:
 
 def _load(name: str) -> Callable[..., Any]:
     """A function by `module:function`, looked for in the working directory too."""
-    module_name, _, function_name = name.partition(":")
+    module, _, function_name = name.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(name)
     except ImportError as error:
-        raise ValueError(f"generation.check: cannot import {module_name}: {error}; is it on PYTHONPATH?") from error
-    function = vars(module).get(function_name)
+        raise ValueError(f"generation.check: cannot import {module}: {error}; is it on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise ValueError(f"generation.check: {module} has no function {function_name!r}") from error
     if not callable(function):
-        raise ValueError(f"generation.check: {module_name} has no function {function_name!r}")
+        raise ValueError(f"generation.check: {name} is no function")
     return function
 
 

@@ -62,7 +62,7 @@ def write_config(folder: Path, storage: Path, **changes: object) -> str:
 
 def brief(prompt: tuple[Message, ...], response: str, metadata: dict[str, str]) -> bool:
     """A check of generated responses, as a user would write one."""
-    return bool(prompt[-1].content) and bool(metadata["module"]) and len(response) < 60
+    return bool(prompt[-1].content) and bool(metadata["module"]) and len(response) < 12
 
 
 def start(stage: str, config: str, *options: str) -> subprocess.Popen[str]:
