@@ -79,21 +79,10 @@ class ResponseGenerator:
         """
         kept = {d.id: d for d in documents if not to_generate(d, split, self.replace)}
         counts = Counter(given=len(kept), prompts=0, samples=0, tokens=0, generated=0)
-        asked: list[tuple[Document, int]] = []
-        requests: list[Request] = []
-        for document in documents:
-            if document.id in kept:
-                continue
-            counts["prompts"] += 1
-            try:
-                prompt_ids = self._prompt_ids(document)
-            except DroppedError as reason:
-                counts[str(reason)] += 1
-                continue
-            for sample in range(self.samples if split == "train" else 1):
-                asked.append((document, sample))
-                requests.append(Request(prompt_ids, sample_seed(self.seed, document.id, sample)))
-        for (document, sample), ids in zip(asked, self.engine.generate(requests), strict=True):
+        missing = [document for document in documents if document.id not in kept]
+        asked = self._requests(missing, self.samples if split == "train" else 1, counts)
+        written = self.engine.generate([request for _, _, request in asked])
+        for (document, sample, _), ids in zip(asked, written, strict=True):
             counts.update(samples=1, tokens=len(ids))
             try:
                 found = self._document(document, sample, ids)
@@ -103,6 +92,22 @@ class ResponseGenerator:
             counts["duplicates" if found.id in kept else "generated"] += 1
             kept.setdefault(found.id, found)
         return sorted(kept.values(), key=lambda document: document.id), counts
+
+    def _requests(
+        self, documents: Sequence[Document], samples: int, counts: Counter[str]
+    ) -> list[tuple[Document, int, Request]]:
+        """(document, sample number, request) of each sample; `counts` learns why prompts have none."""
+        asked = []
+        for document in documents:
+            counts["prompts"] += 1
+            try:
+                prompt_ids = self._prompt_ids(document)
+            except DroppedError as reason:
+                counts[str(reason)] += 1
+                continue
+            for sample in range(samples):
+                asked.append((document, sample, Request(prompt_ids, sample_seed(self.seed, document.id, sample))))
+        return asked
 
     def _prompt_ids(self, document: Document) -> list[int]:
         try:
@@ -171,9 +176,8 @@ def split_name(part_name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class PartGenerated:
-    """What the footer of one part says. `identity` is what was asked."""
+    """What came of one part, as its footer says."""
 
-    identity: dict[str, Any]
     counts: dict[str, int]
     documents: int
 
@@ -202,7 +206,7 @@ def read_generated(folder: str, name: str, identity: Mapping[str, Any]) -> PartG
         found, wanted = footer["identity"].get(key), identity.get(key)
         if found != wanted:
             raise ValueError(f"{folder}/{name}: {key} is {found!r}, expected {wanted!r}; delete the folder")
-    return PartGenerated(footer["identity"], footer["counts"], documents)
+    return PartGenerated(footer["counts"], documents)
 
 
 def finish_generated(folder: str, names: Sequence[str], identity: Mapping[str, Any]) -> Manifest:
