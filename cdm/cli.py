@@ -72,6 +72,12 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def generate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Write the responses that the config's `generation` section asks for (and make all that this needs)."""
+    _run(config, overrides, "generate")
+
+
+@app.command()
 def score(config: ConfigPath, overrides: Overrides = None) -> None:
     """Score the corpus with every teacher (and all that this needs)."""
     _run(config, overrides, "score")

@@ -45,6 +45,13 @@ def _hub_or_folder(name: str) -> str:
     return os.path.expanduser(_existing(name)) if looks_local else name
 
 
+def _function(name: str) -> str:
+    module, colon, function = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*module.split("."), function]):
+        raise ValueError(f"expected module:function, got {name!r}")
+    return name
+
+
 Folder = Annotated[str, AfterValidator(_folder)]
 ExistingPath = Annotated[str, AfterValidator(_existing)]
 HubOrFolder = Annotated[str, AfterValidator(_hub_or_folder)]
@@ -79,11 +86,12 @@ class Fields(Corpus):
     """Where the texts are: a prompt and a response column, or one column of chat messages."""
 
     prompt: str = "prompt"
-    response: str = "response"
+    response: str | None = Field("response", description="null where there is no such column: `generation` writes all")
     messages: str | None = Field(
         None, description="a column of {role, content} turns; the last assistant one is taught"
     )
     system: str | None = Field(None, description="a system message put before every prompt")
+    metadata: list[str] = Field(default_factory=list, description="further columns, kept with each document")
 
 
 class Jsonl(Fields):
@@ -185,15 +193,17 @@ AnyModel = Annotated[
 ]
 
 
-class TakesModel(Strict):
-    model: AnyModel = Field(description="a hub name, a folder, {name, revision}, or {type: pretrain, ...}")
-
+class NamesModel(Strict):
     @model_validator(mode="before")
     @classmethod
     def _model_by_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and "model" in values:
             return values | {"model": _name_is_enough(values["model"])}
         return values
+
+
+class TakesModel(NamesModel):
+    model: AnyModel = Field(description="a hub name, a folder, {name, revision}, or {type: pretrain, ...}")
 
 
 class VllmEngine(Strict):
@@ -236,9 +246,50 @@ class Student(TakesModel, Optimisation):
         return self
 
 
-def _check_context(model: Pretrain | Pretrained, max_length: int) -> None:
+def _check_context(model: Pretrain | Pretrained, max_length: int, section: str = "") -> None:
     if isinstance(model, Pretrain) and max_length > model.context:
-        raise ValueError(f"max_length {max_length} exceeds the model's context, {model.context}")
+        raise ValueError(f"{section}max_length {max_length} exceeds the model's context, {model.context}")
+
+
+# --- generation --------------------------------------------------------------------------------------------------
+
+
+class FinalNumber(Strict):
+    """The last number of the response is that of the reference: GSM8K and its kind."""
+
+    type: Literal["final_number"]
+    reference: str = Field(description="a column of corpus.metadata: the answer, or a text that ends with it")
+
+
+class Function(Strict):
+    """A function of the user's: (prompt, response, metadata) -> bool."""
+
+    type: Literal["function"]
+    name: Annotated[str, AfterValidator(_function)] = Field(description="module:function")
+
+
+AnyCheck = Annotated[FinalNumber | Function, Field(discriminator="type")]
+
+
+class Generation(NamesModel):
+    """Responses that a model writes before anything is scored. Without this section every response is given."""
+
+    model: AnyModel | None = Field(None, description="default: the first teacher's")
+    engine: AnyEngine | None = Field(None, description="default: the first teacher's")
+    max_length: Positive | None = Field(None, description="tokens of prompt and response; default: the first teacher's")
+    replace: Literal["missing", "all"] = Field("missing", description="all: given ones too, in the training split")
+    samples: Positive = Field(1, description="responses a training prompt")
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_tokens: Positive = Field(512, description="tokens of a response; one that is longer is left out, and counted")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, description="texts that end it")
+    check: AnyCheck | None = Field(None, description="what a response must pass to be kept")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Generation:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError(f"temperature 0 gives the same response {self.samples} times; set samples to 1")
+        return self
 
 
 # --- methods -----------------------------------------------------------------------------------------------------
@@ -322,6 +373,7 @@ class Config(Strict):
     seed: int = 0
     corpus: AnyCorpus
     teachers: Annotated[list[Teacher], Field(min_length=1)]
+    generation: Generation | None = None
     student: Student
     method: AnyMethod
     baselines: list[AnyMethod] = Field(default_factory=list, description="also trained, for the table of results")
@@ -335,6 +387,31 @@ class Config(Strict):
         if any(one == other for i, one in enumerate(asked) for other in asked[:i]):
             raise ValueError("baselines: each must differ from the method and from the others")
         return self
+
+    @model_validator(mode="after")
+    def _responses_come_from_somewhere(self) -> Config:
+        columns = self.corpus if isinstance(self.corpus, Fields) else None
+        if self.generation is None:
+            if columns is not None and columns.response is None and columns.messages is None:
+                raise ValueError("corpus.response is null and there is no `generation` that would write responses")
+            return self
+        max_length, check = self.generator.max_length, self.generation.check
+        _check_context(self.generator.model, max_length, "generation.")
+        if self.generation.max_tokens >= max_length:
+            raise ValueError(
+                f"generation.max_tokens {self.generation.max_tokens} leaves no room for a prompt: "
+                f"max_length is {max_length}"
+            )
+        if isinstance(check, FinalNumber) and (columns is None or check.reference not in columns.metadata):
+            raise ValueError(f"generation.check.reference: {check.reference!r} is not in corpus.metadata")
+        return self
+
+    @property
+    def generator(self) -> Teacher:
+        """Who writes responses: the first teacher, but for what `generation` says."""
+        asked = self.generation or Generation()
+        own = {"model": asked.model, "engine": asked.engine, "max_length": asked.max_length}
+        return self.teachers[0].model_copy(update={key: value for key, value in own.items() if value is not None})
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

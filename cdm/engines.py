@@ -180,32 +180,18 @@ class VllmEngine:
         kv_cache_gib: float,
         max_num_batched_tokens: int,
     ) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read by vLLM when the engine starts
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # RowsExtension knows the first one
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import LLM
-        from vllm.platforms import current_platform
-
-        on_cpu = current_platform.is_cpu()
-        memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
-        if on_cpu:  # without a size vLLM wants nearly all of the machine's memory
-            memory = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
-        with _hidden("llvmlite.binding.ffi"):  # vLLM scans all modules; this one's `lib.__dict__` is no dictionary
-            self.llm = LLM(
-                model=model,
-                revision=revision,
-                dtype=dtype,
-                load_format="safetensors",
-                max_model_len=max_length,
-                max_num_batched_tokens=max_num_batched_tokens,
-                tensor_parallel_size=tensor_parallel_size,
-                distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
-                enforce_eager=on_cpu,
-                enable_prefix_caching=False,  # a cached prefix has no hidden states
-                worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__qualname__}",
-                seed=0,
-                **memory,
-            )
+        self.llm = start_vllm(
+            model,
+            revision=revision,
+            max_length=max_length,
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel_size,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_gib=kv_cache_gib,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=False,  # a cached prefix has no hidden states
+            worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__qualname__}",
+        )
         self.llm.collective_rpc("keep_rows", args=(top_k,))
 
     def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows]:
@@ -218,6 +204,46 @@ class VllmEngine:
         self.llm.generate(prompts, params, use_tqdm=False)
         rows: dict[int, TokenRows] = self.llm.collective_rpc("take_rows")[0]
         return [rows[i] for i in range(len(sequences))]
+
+
+def start_vllm(
+    model: str,
+    *,
+    revision: str | None,
+    max_length: int,
+    dtype: str,
+    tensor_parallel_size: int,
+    gpu_memory_utilization: float,
+    kv_cache_gib: float,
+    max_num_batched_tokens: int,
+    **more: Any,
+) -> Any:
+    """vLLM's LLM in this very process; `more` are arguments of its own."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # read by vLLM when the engine starts
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # RowsExtension knows the first one
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    from vllm import LLM
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    memory: dict[str, Any] = {"gpu_memory_utilization": gpu_memory_utilization}
+    if on_cpu:  # without a size vLLM wants nearly all of the machine's memory
+        memory = {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+    with _hidden("llvmlite.binding.ffi"):  # vLLM scans all modules; this one's `lib.__dict__` is no dictionary
+        return LLM(
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            load_format="safetensors",
+            max_model_len=max_length,
+            max_num_batched_tokens=max_num_batched_tokens,
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="uni" if tensor_parallel_size == 1 else "mp",
+            enforce_eager=on_cpu,
+            seed=0,
+            **memory,
+            **more,
+        )
 
 
 @contextmanager

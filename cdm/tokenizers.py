@@ -83,6 +83,18 @@ class Tokenizer:
         ends = np.cumsum([len(piece or b"") for piece in pieces], dtype=np.int32) - np.int32(shift)
         return np.asarray(ids, dtype=np.int32), ends.astype(np.int32)
 
+    def spell_response(self, ids: Sequence[int]) -> bytes:
+        """The bytes that tokens add to a text of their own, without the dummy space where the tokenizer puts one.
+
+        Raises TokenizationError where one of them spells nothing: special tokens, unused ids.
+        """
+        pieces = [self.token_bytes(i) for i in ids]
+        if None in pieces:
+            first = pieces.index(None)
+            raise TokenizationError(f"{self.name}: token {first} of the response, id {ids[first]}, spells nothing")
+        spelled = b"".join(piece or b"" for piece in pieces)
+        return spelled.removeprefix(b" ") if self._has_dummy_space else spelled
+
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt in the model's own chat template, up to where the response begins.
 

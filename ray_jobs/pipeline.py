@@ -14,6 +14,7 @@ from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 
+from cdm.checks import check_problems
 from cdm.config import Config, ConfigError, Pretrain, Student, Teacher, load_config, storage_path
 from cdm.models import check_pair, context_problems
 from cdm.progress import console
@@ -39,12 +40,14 @@ def show(pipeline: Pipeline) -> None:
 
 
 def run_stages(config: Config, until: str) -> int:
-    """Runs a config up to a stage: pretrain, score, train, evaluate or pipeline (all). Returns the exit code.
+    """Runs a config up to a stage: pretrain, generate, score, train, evaluate or pipeline (all). Returns the exit code.
 
     2: the models cannot work together, nothing was started. 1: a stage failed, said in one line; the traceback is in
     the storage folder. 130: interrupted. In each case the same command goes on from where it was.
     """
     problems = preflight(config)
+    if until == "generate" and config.generation is None:
+        problems.append("generation: missing; without this section every response is given")
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
@@ -68,6 +71,7 @@ def run_stages(config: Config, until: str) -> int:
 
 STAGES: dict[str, Callable[[Pipeline], object]] = {
     "pretrain": lambda pipeline: (pipeline.teachers, pipeline.student),
+    "generate": lambda pipeline: pipeline.corpus_manifest,
     "score": lambda pipeline: pipeline.shards,
     "train": lambda pipeline: pipeline.trained(pipeline.config.method),
     "evaluate": show,
@@ -83,13 +87,16 @@ def check_pools(config: Config) -> None:
 
 def preflight(config: Config) -> list[str]:
     """Why the config's models cannot work together; models that are yet to be made are not looked at."""
-    ready = [section.model for section in [*config.teachers, config.student]]
+    teachers = [*config.teachers, *([config.generator] if config.generation is not None else [])]
+    ready = [section.model for section in [*teachers, config.student]]
     paths = [None if isinstance(model, Pretrain) else (model.name, model.revision) for model in ready]
     found = [problem for teacher in paths[:-1] for problem in check_pair(teacher, paths[-1])]
-    sections: list[Teacher | Student] = [*config.teachers, config.student]
+    sections: list[Teacher | Student] = [*teachers, config.student]
     for section in sections:
         if not isinstance(section.model, Pretrain):
             found += context_problems(section.model.name, section.model.revision, section.max_length)
+    if config.generation is not None and config.generation.check is not None:
+        found += check_problems(config.generation.check.model_dump())
     if IN_JOB in os.environ and not os.path.isabs(os.path.expanduser(config.storage)):
         found.append(f"storage: {config.storage} would be lost with the job's working directory; give a full path")
     return list(dict.fromkeys(found))

@@ -1,21 +1,13 @@
-"""Corpus parts -> teacher engines -> shard parts: Ray Data over the names of the parts that are missing.
+"""Corpus parts -> teacher engines -> shard parts: the pool of `pool.py` over the parts that are missing.
 
-An actor scores a whole part and writes it itself, atomically; only counts come back to the driver. A killed actor is
-restarted and its part scored again, a killed driver leaves whole parts, and in both cases the folder ends up the same
-byte for byte. The manifest is written last.
+The manifest is written last.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
-
-import pyarrow as pa
-import ray
-import ray.data
-from ray.data import ActorPoolStrategy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from cdm import parts
 from cdm.config import Pretrained, Teacher, TeacherPool
@@ -24,11 +16,8 @@ from cdm.parts import Manifest, Part
 from cdm.shards import check_identity, finish_shards, open_shards, read_footer, write_scores
 from cdm.teacher import TeacherScorer, check_limits
 from cdm.tokenizers import check_lossless, load_tokenizer
-from ray_jobs.cluster import check_resources
+from ray_jobs.pool import OnProgress, PartWorker, make_parts
 
-OnProgress = Callable[[int, str], None]
-ATTEMPTS = 4  # at one part, by actors that died
-PARTS_IN_FLIGHT = 2  # an engine: the one being scored and the next
 SHOWN_REASONS = 3
 COUNTS = ("documents", "tokens", "quarantined")
 
@@ -70,7 +59,7 @@ def score(
         "shards_folder": shards_folder,
         "identity": identity,
     }
-    for row in _score_missing([corpus.part(name) for name in missing], arguments, pool):
+    for row in make_parts(ScorePart, arguments, [corpus.part(name) for name in missing], pool):
         tally.add(row)
     return finish_shards(shards_folder, names, identity)
 
@@ -93,11 +82,10 @@ def shards_identity(teacher: Teacher, model_path: str, model_identity: str, corp
     }
 
 
-class ScorePart:
-    """What an actor of the pool does: an engine, made once, and one corpus part a call.
+class ScorePart(PartWorker):
+    """An actor of the pool: an engine, made once, and the scores of one corpus part a call."""
 
-    `count_attempt` is told the part's name and says how many attempts at it this one makes, over all actors.
-    """
+    nothing: ClassVar[Mapping[str, Any]] = {**dict.fromkeys(COUNTS, 0), "reasons": ""}
 
     def __init__(
         self,
@@ -107,81 +95,17 @@ class ScorePart:
         identity: Mapping[str, Any],
         count_attempt: Callable[[str], int],
     ) -> None:
+        super().__init__(shards_folder, count_attempt)
         self.scorer = TeacherScorer(**scorer)
-        self.corpus_folder, self.shards_folder, self.identity = corpus_folder, shards_folder, identity
-        self.count_attempt = count_attempt
+        self.corpus_folder, self.identity = corpus_folder, identity
 
-    def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
-        part = Part(**batch.to_pylist()[0])
-        began = time.monotonic()
-        try:
-            row = self._score(part) | {"error": ""}
-        except (ValueError, OSError) as error:  # Ray Data would keep the traceback's text only: the driver raises it
-            row = {"name": part.name, **dict.fromkeys(COUNTS, 0), "reasons": "", "error": f"{part.name}: {error}"}
-        row["seconds"] = time.monotonic() - began
-        return {key: [value] for key, value in row.items()}
+    def make(self, part: Part) -> None:
+        documents = read_documents(self.corpus_folder, part.name, expect=part)
+        scored, quarantined = self.scorer(documents)
+        write_scores(self.folder, part.name, scored, quarantined=quarantined, identity=self.identity)
 
-    def _score(self, part: Part) -> dict[str, Any]:
-        if not parts.part_exists(self.shards_folder, part.name):  # else: written, but killed before saying so
-            if self.count_attempt(part.name) > ATTEMPTS:
-                raise ValueError(f"the engine died {ATTEMPTS} times while scoring this part; is memory too small?")
-            documents = read_documents(self.corpus_folder, part.name, expect=part)
-            scored, quarantined = self.scorer(documents)
-            write_scores(self.shards_folder, part.name, scored, quarantined=quarantined, identity=self.identity)
-        return _summary(self.shards_folder, part.name)
-
-
-@ray.remote(num_cpus=0)
-class Attempts:
-    """How often each part was begun. Ray Data itself retries a part whose actor died without end."""
-
-    def __init__(self) -> None:
-        self._begun: Counter[str] = Counter()
-
-    def begin(self, name: str) -> int:
-        self._begun[name] += 1
-        return self._begun[name]
-
-
-class CountAttempt:
-    """`count_attempt` of the pool's actors."""
-
-    def __init__(self, attempts: Any) -> None:
-        self._attempts = attempts
-
-    def __call__(self, name: str) -> int:
-        return int(ray.get(self._attempts.begin.remote(name)))
-
-
-def _score_missing(missing: list[Part], arguments: dict[str, Any], pool: TeacherPool) -> Iterator[dict[str, Any]]:
-    """A row of counts for each part, as it is written. Raises ValueError with what went wrong in an actor."""
-    if not missing:
-        return
-    resources = {name: amount for name, amount in pool.custom.items() if amount}
-    check_resources({"CPU": pool.cpus, "GPU": pool.gpus, **resources}, "resources.teacher", "an engine's workers")
-    actors = min(pool.actors, len(missing))
-    attempts = Attempts.remote()  # type: ignore[attr-defined]
-    items = [{"name": p.name, "rows": p.rows, "bytes": p.bytes, "sha256": p.sha256} for p in missing]
-    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        ScorePart,
-        fn_constructor_kwargs=arguments | {"count_attempt": CountAttempt(attempts)},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(
-            min_size=actors,
-            max_size=min(max(actors, pool.max_actors or actors), len(missing)),
-            max_tasks_in_flight_per_actor=PARTS_IN_FLIGHT,
-        ),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-        resources=resources,
-        # an engine's threads are counted when its process starts, and in several threads of it
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": str(max(1, int(pool.cpus)))}},
-    )
-    for row in rows.iter_rows():
-        if row["error"]:
-            raise ValueError(row["error"])
-        yield row
+    def summary(self, name: str) -> dict[str, Any]:
+        return _summary(self.folder, name)
 
 
 def _summary(folder: str, name: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from cdm import __version__, parts
 from cdm.config import (
     AnyMethod,
     Config,
+    Generation,
     Pretrain,
     Sft,
     Student,
@@ -34,6 +35,7 @@ from cdm.tracking import Experiment, MlflowTracker, Tracker
 from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import align
 from ray_jobs.evaluate import EvaluationJob, evaluate
+from ray_jobs.generate import generate, generation_identity
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
@@ -92,23 +94,53 @@ class Pipeline:
     # --- corpus
 
     @cached_property
-    def corpus(self) -> str:
-        folder = self.folder("corpus", short(corpus_identity(self.config.corpus)))
+    def source(self) -> str:
+        """The folder of what the config's `corpus` section holds; models of type pretrain are made from it."""
+        replace = None if self.config.generation is None else self.config.generation.replace
+        folder = self.folder("corpus", short(corpus_identity(self.config.corpus, replace)))
         if parts.is_finished(folder):
             skipped("corpus", folder)
             return folder
         with StageView("corpus", "documents") as view:
-            manifest = write_corpus(self.config.corpus, folder, view.update)
+            manifest = write_corpus(self.config.corpus, folder, view.update, replace=replace)
             view.update(manifest.rows)
         return folder
 
     @cached_property
+    def source_manifest(self) -> parts.Manifest:
+        return with_all_splits(self.source)
+
+    @cached_property
+    def corpus(self) -> str:
+        """The folder of the documents that are scored and taught, in which every response is there."""
+        return self.source if self.config.generation is None else self._generated(self.config.generation)
+
+    @cached_property
     def corpus_manifest(self) -> parts.Manifest:
-        manifest = parts.read_manifest(self.corpus)
-        empty = [split for split, documents in manifest.meta["splits"].items() if not documents]
-        if empty:
-            raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
-        return manifest
+        return with_all_splits(self.corpus)
+
+    def _generated(self, section: Generation) -> str:
+        model = self.model(self.config.generator)
+        identity = generation_identity(self.config, model.path, model.identity, self.source_manifest.fingerprint)
+        folder = self.folder("corpus", f"generated-{short(identity)}")
+        if parts.is_finished(folder):
+            skipped(f"generate {model.name}", folder)
+            return folder
+        run = self.experiment.run("generate", f"generate {model.name}", short(identity), self.run)
+        run.params(section.model_dump(mode="json"))
+        total = self.source_manifest.rows
+        with closing(run), StageView(f"generate {model.name}", "documents", total) as view:
+            manifest, rate = generate(
+                self.config,
+                identity,
+                model_path=model.path,
+                source_folder=self.source,
+                generated_folder=folder,
+                on_progress=lambda done, note: view.update(done, note),
+            )
+            run.tags({"cdm.corpus": folder, "cdm.fingerprint": manifest.fingerprint})
+            run.metrics(0, {**{k: float(v) for k, v in manifest.meta["counts"].items()}, "tokens_a_second": rate})
+        return folder
 
     # --- models
 
@@ -116,7 +148,7 @@ class Pipeline:
         asked = section.model
         if not isinstance(asked, Pretrain):
             return Model(asked.name, asked.name, asked.revision, model_identity(asked.name, asked.revision))
-        identity = short(asked, self.corpus_manifest.fingerprint, self.config.seed)
+        identity = short(asked, self.source_manifest.fingerprint, self.config.seed)
         path = self.folder("models", f"{asked.name}-{identity}")
         if Path(path).exists():
             skipped(f"pretrain {asked.name}", path)
@@ -125,16 +157,19 @@ class Pipeline:
         return Model(asked.name, path, None, model_identity(path, None))
 
     def _pretrain(self, asked: Pretrain, path: str, identity: str) -> None:
+        if asked.training.steps and not self.source_manifest.meta["response_bytes"]:
+            raise ValueError(f"{asked.name}: a model of type pretrain learns from responses; the corpus has none")
         initial = path if asked.training.steps == 0 else f"{path}.initial"
         if not Path(initial).exists():
             with StageView(f"initialise {asked.name}", "models", 1) as view:
-                build_model(asked, self.corpus, initial, seed=self.config.seed)
+                build_model(asked, self.source, initial, seed=self.config.seed)
                 view.update(1)
         if asked.training.steps:
             untrained = Model(asked.name, initial, None, identity)
+            aligned = self.align(self.source, untrained, (), asked.training.max_length)
             job = TrainingJob(
                 model=initial, revision=None, tokenizer=initial, optimisation=asked.training, method=Sft(type="sft"),
-                aligned=self.align(untrained, (), asked.training.max_length), shards=(), maps=(), weights=(),
+                aligned=aligned, shards=(), maps=(), weights=(),
                 seed=self.config.seed, export=path, targets="all",
             )  # fmt: skip
             self._train(f"pretrain {asked.name}", job, identity)
@@ -181,10 +216,11 @@ class Pipeline:
 
     # --- alignment
 
-    def align(self, student: Model, shards: tuple[str, ...], max_length: int) -> str:
-        """The folder of the corpus tokenised for a student, and aligned with the scores in `shards`."""
+    def align(self, corpus: str, student: Model, shards: tuple[str, ...], max_length: int) -> str:
+        """The folder of a corpus tokenised for a student, and aligned with the scores in `shards`."""
+        manifest = parts.read_manifest(corpus)
         meta = {
-            "corpus": self.corpus_manifest.fingerprint,
+            "corpus": manifest.fingerprint,
             "shards": [parts.read_manifest(folder).fingerprint for folder in shards],
             "tokenizer_s": student.tokenizer.fingerprint,
             "max_length": max_length,
@@ -193,9 +229,9 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped("align", folder)
             return folder
-        with StageView("align", "parts", len(self.corpus_manifest.parts)) as view:
+        with StageView("align", "parts", len(manifest.parts)) as view:
             align(
-                self.corpus,
+                corpus,
                 shards,
                 (student.path, student.revision),
                 folder,
@@ -207,7 +243,7 @@ class Pipeline:
 
     @cached_property
     def aligned(self) -> str:
-        return self.align(self.student, self.shards, self.config.student.max_length)
+        return self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
         """A file a teacher; None where teacher and student share the tokenizer."""
@@ -295,6 +331,15 @@ class Pipeline:
             reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
+
+
+def with_all_splits(corpus: str) -> parts.Manifest:
+    """A corpus's manifest. Raises ValueError naming the splits that have no documents."""
+    manifest = parts.read_manifest(corpus)
+    empty = [split for split, documents in manifest.meta["splits"].items() if not documents]
+    if empty:
+        raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
+    return manifest
 
 
 @contextmanager

@@ -94,6 +94,14 @@ def test_a_model_by_its_name_is_a_pretrained_one() -> None:
     assert config.student.model.model_dump() == {"type": "pretrained", "name": "org/student", "revision": "abc"}
 
 
+def test_the_first_teacher_generates_unless_another_model_is_named() -> None:
+    first = parse_config(changed(("generation", {}))).generator
+    assert first == parse_config(SMALL).teachers[0]
+    engine = {"type": "vllm", "dtype": "float16"}
+    other = parse_config(changed(("generation", {"model": "org/other", "engine": engine}))).generator
+    assert (other.model.name, other.engine.dtype, other.max_length) == ("org/other", "float16", first.max_length)
+
+
 def test_values_do_not_change_after_reading() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse_config(SMALL).student.steps = 3  # type: ignore[misc]
@@ -152,6 +160,45 @@ WRONG: list[tuple[str, Any, str]] = [
     # a path
     ("corpus", {"type": "jsonl", "path": "/no/where"}, "corpus.path: no such file or folder: /no/where"),
     ("teachers.0.model", "./nowhere", "teachers.0.model.name: no such file or folder: ./nowhere"),
+    # responses that are generated
+    ("generation", {"sample": 2}, "generation.sample: unknown key; did you mean samples?"),
+    ("generation", {"temperature": -1}, "generation.temperature: must be greater than or equal to 0, got -1"),
+    ("generation", {"top_p": 0}, "generation.top_p: must be greater than 0, got 0"),
+    ("generation", {"stop": "\n"}, "generation.stop: expected a list, got '\\n'"),
+    ("generation", {"replace": "some"}, "generation.replace: 'some' is not known; one of missing, all"),
+    ("generation", {"model": "./nowhere"}, "generation.model.name: no such file or folder: ./nowhere"),
+    ("generation", {"engine": {"type": "tgi"}}, "generation.engine.type: 'tgi' is not known; one of "),
+    (
+        "generation",
+        {"check": {"type": "run"}},
+        "generation.check.type: 'run' is not known; one of final_number, function",
+    ),
+    (
+        "generation",
+        {"check": {"type": "function", "name": "checks.passes"}},
+        "generation.check.name: expected module:function, got 'checks.passes'",
+    ),
+    (
+        "generation",
+        {"check": {"type": "final_number", "reference": "answer"}},
+        "config: generation.check.reference: 'answer' is not in corpus.metadata",
+    ),
+    (
+        "generation",
+        {"temperature": 0, "samples": 4},
+        "generation: temperature 0 gives the same response 4 times; set samples to 1",
+    ),
+    (
+        "generation",
+        {"max_tokens": 2048},
+        "config: generation.max_tokens 2048 leaves no room for a prompt: max_length is 2048",
+    ),
+    ("generation", {"model": PRETRAIN}, "config: generation.max_length 2048 exceeds the model's context, 1024"),
+    (
+        "corpus",
+        {"type": "parquet", "path": "s3://bucket/prompts", "response": None},
+        "config: corpus.response is null and there is no `generation` that would write responses",
+    ),
     # inside a model that is to be made
     ("student.model", PRETRAIN | {"heads": 3}, "student.model: hidden_size must be a multiple of heads, and heads of"),
     (

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from cdm import corpus, parts, python_functions
 from cdm.config import HuggingFace, Jsonl, ParquetCorpus, PythonPackages
+from cdm.documents import document_id
 from cdm.records import Document, Message
 
 ROWS = [{"prompt": f"Question {n}?", "response": f"The answer to question {n} is {n * n}."} for n in range(300)]
@@ -58,7 +59,7 @@ def test_every_document_is_there_once_in_the_order_of_ids(tmp_path: Path) -> Non
         sizes = [manifest.part(name).rows for name in corpus.split_parts(manifest, split)]
         assert all(size == 32 for size in sizes[:-1]) and 0 < sizes[-1] <= 32
     assert documents[0] == Document(
-        corpus.document_id(documents[0].prompt, documents[0].response), documents[0].prompt, documents[0].response, {}
+        document_id(documents[0].prompt, documents[0].response), documents[0].prompt, documents[0].response, {}
     )
     with parts.open_part(str(tmp_path / "corpus"), "train-00000.parquet") as file:
         assert file.num_row_groups == 2
@@ -127,9 +128,7 @@ def test_what_is_dropped_is_counted(tmp_path: Path) -> None:
     expected = {"rows": 30, "kept": 23, "duplicates": 2, "empty_prompt": 1, "too_short": 2, "too_long": 1}
     assert manifest.meta["counts"] == expected | {"not_unicode": 1}
     assert len(documents) == 23
-    twins = [
-        Document(corpus.document_id((Message("user", row["prompt"]),), row["response"]), (), "") for row in rows[26:28]
-    ]
+    twins = [Document(document_id((Message("user", row["prompt"]),), row["response"]), (), "") for row in rows[26:28]]
     assert {twin.id for twin in twins} & {d.id for d in documents} == {min(twin.id for twin in twins)}
 
 
@@ -147,15 +146,101 @@ def test_max_documents_takes_the_lowest_ids_and_keeps_the_shares(tmp_path: Path)
     assert manifest.meta["counts"] == {"rows": 300, "kept": 100, "beyond_max_documents": 200}
     assert all(10 <= manifest.meta["splits"][split] <= 32 for split in ("validation", "test"))
     for document in some:
-        assert corpus.split_of(document.id, 0.2, 0.2) in corpus.SPLITS
+        assert corpus.split_of(document.prompt, 0.2, 0.2) in corpus.SPLITS
 
 
-@given(st.text("0123456789abcdef", min_size=32, max_size=32), st.floats(0, 0.5), st.floats(0, 0.49))
-def test_a_growing_test_share_never_moves_a_test_document(id_: str, validation: float, test: float) -> None:
-    if corpus.split_of(id_, 0.0, test) == "test":
-        assert corpus.split_of(id_, validation, test) == "test"
-        assert corpus.split_of(id_, validation, test + 0.01) == "test"
-    assert corpus.split_of(id_, 0.0, 0.0) == "train"
+@given(st.text(max_size=20), st.floats(0, 0.5), st.floats(0, 0.49))
+def test_a_growing_test_share_never_moves_a_test_document(text: str, validation: float, test: float) -> None:
+    prompt = (Message("user", text),)
+    if corpus.split_of(prompt, 0.0, test) == "test":
+        assert corpus.split_of(prompt, validation, test) == "test"
+        assert corpus.split_of(prompt, validation, test + 0.01) == "test"
+    assert corpus.split_of(prompt, 0.0, 0.0) == "train"
+
+
+def test_all_responses_to_a_prompt_are_in_one_split(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n % 60}?{' ' * (n % 3)}", "response": f"Answer {n}."} for n in range(240)]
+    manifest, documents = _write(tmp_path, rows, validation_share=0.2, test_share=0.2)
+    assert len(documents) == 240
+    asked = {
+        split: {d.prompt[0].content.strip() for d in _documents(tmp_path / "corpus", manifest, split)}
+        for split in corpus.SPLITS
+    }
+    assert all(asked.values()) and sum(map(len, asked.values())) == len(set.union(*asked.values())) == 60
+
+
+# --- prompts without a response ----------------------------------------------------------------------------------
+
+
+def _write_prompts(
+    tmp_path: Path, rows: list[Any], replace: Any, place: str = "corpus", **options: Any
+) -> tuple[parts.Manifest, dict[str, list[Document]]]:
+    config = Jsonl(type="jsonl", path=str(_jsonl(tmp_path / f"{place}.jsonl", rows)), **options)
+    manifest = corpus.write_corpus(config, str(tmp_path / place), replace=replace)
+    return manifest, {split: _documents(tmp_path / place, manifest, split) for split in corpus.SPLITS}
+
+
+def test_prompts_without_a_response_wait_for_one(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "Given?", "response": "Yes, it is."},
+        {"prompt": "Null?", "response": None},
+        {"prompt": "Blank?", "response": " \n"},
+        {"prompt": "Blank?", "response": ""},
+        {"prompt": "Given?", "response": ""},
+        {"prompt": "Long?", "response": "x" * 200},
+    ]
+    manifest, found = _write_prompts(tmp_path, rows, "missing", max_response_bytes=100, **ALL_TRAIN)
+    responses = {d.prompt[0].content: d.response for d in found["train"]}
+    assert responses == {"Given?": "Yes, it is.", "Null?": "", "Blank?": ""}
+    assert manifest.meta["counts"] == {"rows": 6, "kept": 3, "to_generate": 2, "duplicates": 2, "too_long": 1}
+    _, found = _write_prompts(tmp_path, rows, "all", "all", max_response_bytes=100, **ALL_TRAIN)
+    responses = {d.prompt[0].content: d.response for d in found["train"]}
+    assert responses == {"Given?": "Yes, it is.", "Null?": "", "Blank?": "", "Long?": ""}
+
+
+def test_a_prompt_that_is_answered_anew_is_there_once_and_held_out_ones_keep_their_answers(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n % 50}?", "response": f"Answer {n}."} for n in range(150)]
+    shares = {"validation_share": 0.2, "test_share": 0.2}
+    manifest, found = _write_prompts(tmp_path, rows, "all", **shares)
+    train = [d.prompt[0].content for d in found["train"]]
+    assert len(train) == len(set(train)) == manifest.meta["counts"]["to_generate"]
+    held_out = Counter(d.prompt[0].content for split in ("validation", "test") for d in found[split])
+    assert set(held_out.values()) == {3} and len(held_out) + len(train) == 50
+    assert all(corpus.to_generate(d, "train", "all") for d in found["train"])
+    assert not any(corpus.to_generate(d, "test", "all") for d in found["test"])
+
+
+def test_a_source_of_prompts_alone_and_further_columns(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}?", "answer": n, "level": "Größe"} for n in range(40)]
+    options = {"response": None, "metadata": ["answer", "level"]}
+    _, found = _write_prompts(tmp_path, rows, "missing", **options, **ALL_TRAIN)
+    expected = {f"Question {n}?": {"answer": str(n), "level": "Größe"} for n in range(40)}
+    assert {d.prompt[0].content: d.metadata for d in found["train"]} == expected
+    with pytest.raises(ValueError, match=r":1: no column 'levl'; did you mean 'level'\?"):
+        _write_prompts(tmp_path, rows, "missing", "typo", response=None, metadata=["levl"])
+    with pytest.raises(ValueError, match="no column 'response'"):
+        _write_prompts(tmp_path, rows, "missing", "named")
+
+
+def test_of_equal_documents_with_other_metadata_one_stays_whatever_their_order(tmp_path: Path) -> None:
+    rows = [{"prompt": "Which?", "response": "This one.", "n": n} for n in range(5)]
+    options = {"metadata": ["n"], **ALL_TRAIN}
+    kept = [_write(tmp_path, some, place, **options)[1] for some, place in ((rows, "a"), (rows[::-1], "b"))]
+    assert kept[0] == kept[1] and kept[0][0].metadata == {"n": "0"}
+
+
+def test_turns_that_end_with_a_question_are_a_prompt(tmp_path: Path) -> None:
+    turns = [("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": chat}, {"messages": chat[:2]}]
+    _, found = _write_prompts(tmp_path, rows, "missing", messages="messages", **ALL_TRAIN)
+    assert {len(d.prompt): d.response for d in found["train"]} == {3: "", 1: "Two."}
+
+
+def test_what_is_to_be_generated_is_part_of_the_identity(tmp_path: Path) -> None:
+    config = Jsonl(type="jsonl", path=str(_jsonl(tmp_path / "a.jsonl", ROWS)))
+    modes: list[Any] = [None, "missing", "all"]
+    assert len({corpus.corpus_identity(config, replace) for replace in modes}) == 3
 
 
 @settings(max_examples=25, deadline=None)
@@ -173,7 +258,7 @@ def test_any_text_survives_as_its_slow_twin_says(
         collapsed = " ".join(response.split())
         key = collapsed if len(collapsed.encode()) >= 64 else (" ".join(prompt.split()), collapsed)
         if prompt.strip() and 1 <= size <= 100:
-            candidate = (corpus.document_id((Message("user", prompt),), response), prompt, response)
+            candidate = (document_id((Message("user", prompt),), response), prompt, response)
             kept[key] = min(candidate, kept.get(key, candidate))
     rows = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     _, documents = _write(tmp_path, rows, max_response_bytes=100, **ALL_TRAIN)

@@ -124,7 +124,7 @@ def test_one_part_of_a_corpus(look, storage: Path) -> None:
 
 
 def test_a_shards_folder_spells_what_the_teacher_ranked(look, storage: Path) -> None:
-    shown = look("shards/tiny-qwen2-s", rows=2)
+    shown = look("shards/tiny-qwen2-s", rows=6)
     assert "mass outside the top k" in shown and "bytes a token" in shown
     assert "cannot be loaded" not in shown and "are left out" not in shown
     assert "⟨end⟩" in shown, "the end of the turn is a token of its own"

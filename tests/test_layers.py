@@ -18,13 +18,16 @@ ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config")
 CORE = ("parts", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
 STAGES = (
-    *("progress", "tokenizers", "python_functions", "sources", "corpus", "models", "engines", "teacher", "shards"),
+    *("progress", "tokenizers", "python_functions", "sources", "documents"),
+    *("corpus", "models", "engines", "teacher", "shards"),
+    *("checks", "generators", "generation"),
     *("batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
     *("text_view", "inspection_parts", "inspection"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
-JOBS = ("__init__", "cluster", "score", "align", "train", "evaluate", "stages", "search", "pipeline")
+ENGINE_JOBS = ("pool", "generate", "score")
+JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "stages", "search", "pipeline")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))

@@ -21,7 +21,8 @@ from cdm import corpus, parts, shards
 from cdm.config import Teacher, TeacherPool
 from cdm.records import Document
 from ray_jobs.cluster import connect
-from ray_jobs.score import ATTEMPTS, ScorePart, score, shards_identity
+from ray_jobs.pool import ATTEMPTS
+from ray_jobs.score import ScorePart, score, shards_identity
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent

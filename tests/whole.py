@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from cdm.records import Message
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {
     "name": "tiny",
@@ -56,6 +58,11 @@ def write_config(folder: Path, storage: Path, **changes: object) -> str:
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(CONFIG | {"storage": str(storage)} | changes), encoding="utf-8")
     return str(file)
+
+
+def brief(prompt: tuple[Message, ...], response: str, metadata: dict[str, str]) -> bool:
+    """A check of generated responses, as a user would write one."""
+    return bool(prompt[-1].content) and bool(metadata["module"]) and len(response) < 12
 
 
 def start(stage: str, config: str, *options: str) -> subprocess.Popen[str]:
