@@ -21,6 +21,7 @@ from cdm.top_k import best_columns
 
 LOWEST_LOGP = -65504.0  # the lowest finite float16; -inf (masked vocabulary rows) is stored as this, exp() of it is 0
 BLOCK_ROWS = 256  # fewer make the head's product slow, more leave the processor's caches
+LEAST_ROWS = 16  # where these do not fit it is the batch that is too large
 BLOCK_ELEMENTS = 2**25  # float32 logits held at once: rows are fewer where the vocabulary is large
 OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator")
 
@@ -48,9 +49,12 @@ class TokenRows:
 
 
 class Engine(Protocol):
-    """A model that gives the rows of given tokens. `memory_backoffs`: how often less was tried for want of memory."""
+    """A model that gives the rows of given tokens."""
 
-    memory_backoffs: int
+    @property
+    def memory_backoffs(self) -> int:
+        """How often, so far, less was done at once for want of memory."""
+        ...
 
     def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows | None]:
         """Rows of the tokens from `starts[i]` (at least 1) to the end of each sequence; None: it alone does not fit."""
@@ -62,8 +66,8 @@ class Engine(Protocol):
 
 def row_statistics(logits: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
     """Statistics of logits [R, V] whose rows predict targets [R], in float32; entropy over the whole vocabulary."""
-    peak = logits.amax(-1, keepdim=True).float()
-    below = logits.float().sub_(peak).clamp_(min=LOWEST_LOGP)  # -inf * 0 would be NaN
+    below = logits.to(torch.float32, copy=True)
+    below.sub_(below.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOGP)  # the best is 0; -inf * 0 would be NaN
     p = below.softmax(-1)
     log_sum = -p.amax(-1).log()  # the peak's exp() is 1, so its probability is 1 / sum
     topk_ids = best_columns(below, top_k)
@@ -81,7 +85,7 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 class RowBlocks:
     """`row_statistics` of head(hidden [R, D]) without ever holding [R, V].
 
-    `rows` are done at once, half as many from when memory runs out; a single one that does not fit raises the error.
+    `rows` are done at once, half as many from when memory runs out; LEAST_ROWS that do not fit raise the error.
     Several ranks compute a block together: theirs is never halved, because one rank alone would not tell the others.
     """
 
@@ -95,9 +99,8 @@ class RowBlocks:
         start = 0
         while start < len(targets):
             part = slice(start, start + self.rows)
-            rows = unless_out_of_memory(
-                lambda p=part: row_statistics(head(hidden[p]), targets[p], top_k), self.rows > 1
-            )
+            work = partial(_head_statistics, head, hidden[part], targets[part], top_k)
+            rows = unless_out_of_memory(work, less_is_possible=self.rows > LEAST_ROWS and self.ranks == 1)
             if rows is None:
                 self.rows //= 2
                 self.backoffs += 1
@@ -107,7 +110,7 @@ class RowBlocks:
         return out
 
 
-def _part_statistics(head: Head, hidden: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
+def _head_statistics(head: Head, hidden: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
     return row_statistics(head(hidden), targets, top_k)
 
 

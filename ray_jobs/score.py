@@ -114,11 +114,12 @@ class ScorePart:
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
         part = Part(**batch.to_pylist()[0])
         began = time.monotonic()
+        before = self.scorer.engine.memory_backoffs
         try:
             row = self._score(part) | {"error": ""}
         except (ValueError, OSError) as error:  # Ray Data would keep the traceback's text only: the driver raises it
             row = {"name": part.name, **dict.fromkeys(COUNTS, 0), "reasons": "", "error": f"{part.name}: {error}"}
-        row["seconds"] = time.monotonic() - began
+        row |= {"seconds": time.monotonic() - began, "memory_backoffs": self.scorer.engine.memory_backoffs - before}
         return {key: [value] for key, value in row.items()}
 
     def _score(self, part: Part) -> dict[str, Any]:
@@ -200,7 +201,7 @@ class _Tally:
 
     def __init__(self, max_share: float, documents: int, on_progress: OnProgress | None) -> None:
         self._max_share, self._all, self._on_progress = max_share, documents, on_progress
-        self._done = self._quarantined = self._tokens = 0
+        self._done = self._quarantined = self._tokens = self._backoffs = 0
         self._reasons: list[str] = []
         self._began: float | None = None
 
@@ -210,6 +211,7 @@ class _Tally:
         self._done += row["documents"] + row["quarantined"]
         self._quarantined += row["quarantined"]
         self._tokens += row["tokens"]
+        self._backoffs += row.get("memory_backoffs", 0)  # a part of an earlier run has none
         self._reasons += [row["reasons"]] if row["reasons"] else []
         if self._quarantined > self._max_share * self._all:
             first = "; ".join(self._reasons[:SHOWN_REASONS])
@@ -224,7 +226,8 @@ class _Tally:
         if self._began is None:
             return "from an earlier run"
         rate = self._tokens / max(1e-9, time.monotonic() - self._began)
-        return f"{rate:,.0f} tokens/s" + (f", {self._quarantined} in quarantine" if self._quarantined else "")
+        counted = [(self._quarantined, "in quarantine"), (self._backoffs, "memory back-offs")]
+        return ", ".join([f"{rate:,.0f} tokens/s", *(f"{count} {what}" for count, what in counted if count)])
 
 
 def _scorer_arguments(teacher: Teacher, model_path: str) -> dict[str, Any]:
