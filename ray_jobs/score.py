@@ -132,6 +132,13 @@ class ScorePart:
         return _summary(self.shards_folder, part.name)
 
 
+class PlacedScorePart(ScorePart):
+    """An actor that also says on which node it is."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
+        return super().__call__(batch) | {"node": [ray.get_runtime_context().get_node_id()]}
+
+
 @ray.remote(num_cpus=0)
 class Attempts:
     """How often each part was begun. Ray Data itself retries a part whose actor died without end."""
@@ -164,7 +171,7 @@ def _score_missing(missing: list[Part], arguments: dict[str, Any], pool: Teacher
     attempts = Attempts.remote()  # type: ignore[attr-defined]
     items = [{"name": p.name, "rows": p.rows, "bytes": p.bytes, "sha256": p.sha256} for p in missing]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-        ScorePart,
+        PlacedScorePart,
         fn_constructor_kwargs=arguments | {"count_attempt": CountAttempt(attempts)},
         batch_size=1,
         batch_format="pyarrow",
@@ -203,6 +210,7 @@ class _Tally:
         self._max_share, self._all, self._on_progress = max_share, documents, on_progress
         self._done = self._quarantined = self._tokens = self._backoffs = 0
         self._reasons: list[str] = []
+        self._nodes: set[str] = set()
         self._began: float | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -211,7 +219,8 @@ class _Tally:
         self._done += row["documents"] + row["quarantined"]
         self._quarantined += row["quarantined"]
         self._tokens += row["tokens"]
-        self._backoffs += row.get("memory_backoffs", 0)  # a part of an earlier run has none
+        self._backoffs += row.get("memory_backoffs", 0)  # a part of an earlier run has neither these nor a node
+        self._nodes |= {row["node"]} if "node" in row else set()
         self._reasons += [row["reasons"]] if row["reasons"] else []
         if self._quarantined > self._max_share * self._all:
             first = "; ".join(self._reasons[:SHOWN_REASONS])
@@ -227,7 +236,8 @@ class _Tally:
             return "from an earlier run"
         rate = self._tokens / max(1e-9, time.monotonic() - self._began)
         counted = [(self._quarantined, "in quarantine"), (self._backoffs, "memory back-offs")]
-        return ", ".join([f"{rate:,.0f} tokens/s", *(f"{count} {what}" for count, what in counted if count)])
+        where = f" on {len(self._nodes)} nodes" if len(self._nodes) > 1 else ""
+        return ", ".join([f"{rate:,.0f} tokens/s{where}", *(f"{count} {what}" for count, what in counted if count)])
 
 
 def _scorer_arguments(teacher: Teacher, model_path: str) -> dict[str, Any]:
