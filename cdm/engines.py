@@ -277,16 +277,24 @@ class VllmEngine:
             )
         self.llm.collective_rpc("keep_rows", args=(top_k,))
         self.memory_backoffs = 0
+        self._unfinished = False
 
     def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows | None]:
-        """See Engine. Raises ValueError naming the keys to lower where vLLM runs out of memory."""
+        """See Engine.
+
+        Raises ValueError naming the keys to lower where vLLM runs out of memory, and at every call after a failed one:
+        what was scheduled then is still there.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._unfinished:
+            raise ValueError("vLLM failed in an earlier call and cannot go on in this process")
         prompts = [{"prompt_token_ids": list(ids[:-1])} for ids in sequences]
         wanted = [{"key": i, "start": starts[i], "last": ids[-1]} for i, ids in enumerate(sequences)]
         options = {"max_tokens": 1, "temperature": 0, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
         params = [SamplingParams(**options, extra_args=extra) for extra in wanted]
+        self._unfinished = True
         try:
             self.llm.generate(prompts, params, use_tqdm=False)
         except (MemoryError, RuntimeError) as error:
@@ -296,6 +304,7 @@ class VllmEngine:
             raise ValueError(f"vLLM ran out of memory; lower {keys}") from error
         rows: dict[int, TokenRows]
         rows, self.memory_backoffs = self.llm.collective_rpc("take_rows")[0]
+        self._unfinished = False
         return [rows[i] for i in range(len(sequences))]
 
 

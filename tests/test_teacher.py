@@ -44,7 +44,7 @@ def scorer(model: str) -> TeacherScorer:
     return TeacherScorer(model, engine=TRANSFORMERS, top_k=TOP_K, max_length=MAX_LENGTH)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module")  # the last test that takes it breaks it
 def vllm_scorer(model: str) -> Iterator[TeacherScorer]:
     before = dict(os.environ)
     yield TeacherScorer(model, engine=VLLM, top_k=TOP_K, max_length=MAX_LENGTH)
@@ -228,6 +228,9 @@ def test_vllm_halves_our_block_and_names_the_keys_where_its_own_memory_ends(
         np.testing.assert_allclose(one.entropy_t, two.entropy_t, atol=1e-4)
     monkeypatch.setattr(runner.model, "compute_logits", Memory(whole, 0, len, OUT_OF_MEMORY[0]))
     with pytest.raises(ValueError, match=r"lower teacher\.engine\.max_num_batched_tokens"):
+        vllm_scorer(tiny.documents(9))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="failed in an earlier call"):  # its old requests would get new rows
         vllm_scorer(tiny.documents(9))
 
 
