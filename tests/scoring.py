@@ -75,12 +75,12 @@ def family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 200) -> Any:
+def wait_for(what: Callable[[], Any], every: float = 0.005, seconds: float = 300) -> Any:
     """The first true value of `what()`."""
-    for _ in range(int(seconds / 0.005)):
+    for _ in range(int(seconds / every)):
         if found := what():
             return found
-        threading.Event().wait(0.005)
+        threading.Event().wait(every)
     raise AssertionError(f"{what.__qualname__} gave nothing in {seconds} s")
 
 

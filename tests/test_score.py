@@ -14,7 +14,7 @@ from cdm import corpus, parts, shards
 from cdm.config import TeacherPool
 from cdm.records import Document
 from ray_jobs.cluster import connect
-from ray_jobs.score import ATTEMPTS, score
+from ray_jobs.score import ATTEMPTS, _Tally, score
 from tests import tiny
 from tests.scoring import (
     ALL_CPUS,
@@ -113,6 +113,17 @@ def test_too_many_in_quarantine_fail_the_job_with_counts_and_reasons(
     folder, shards_folder = scored_by_hand
     with pytest.raises(ValueError, match=r"3 of 27 .*max_quarantined_share \(0.01\).*bad-0: .*at least one message"):
         run(model, folder, shards_folder, TRANSFORMERS)
+
+
+def test_progress_tells_memory_backoffs_and_nodes() -> None:
+    told: list[str] = []
+    tally = _Tally(0.5, 12, lambda done, note: told.append(note))
+    row = {"documents": 4, "quarantined": 0, "tokens": 100, "reasons": ""}
+    tally.add(row)  # from an earlier run
+    tally.add(row | {"seconds": 1.0, "memory_backoffs": 2, "node": "a"})
+    assert "nodes" not in told[-1]
+    tally.add(row | {"seconds": 1.0, "memory_backoffs": 1, "node": "b"})
+    assert told[-1].endswith("tokens/s on 2 nodes, 3 memory back-offs")
 
 
 def test_a_finished_folder_is_returned_without_ray(model: str, scored_by_hand: tuple[str, str]) -> None:
