@@ -12,14 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 
+from cdm.top_k import best_columns
+
 LOWEST_LOGP = -65504.0  # the lowest finite float16; -inf (masked vocabulary rows) is stored as this, exp() of it is 0
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 256  # fewer make the head's product slow, more leave the processor's caches
+LEAST_ROWS = 16  # where these do not fit it is the batch that is too large
 BLOCK_ELEMENTS = 2**25  # float32 logits held at once: rows are fewer where the vocabulary is large
+OUT_OF_MEMORY = ("out of memory", "DefaultCPUAllocator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,13 @@ class TokenRows:
 class Engine(Protocol):
     """A model that gives the rows of given tokens."""
 
-    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows]:
-        """Rows of the tokens from `starts[i]` (at least 1) to the end of each sequence."""
+    @property
+    def memory_backoffs(self) -> int:
+        """How often, so far, less was done at once for want of memory."""
+        ...
+
+    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows | None]:
+        """Rows of the tokens from `starts[i]` (at least 1) to the end of each sequence; None: it alone does not fit."""
         ...
 
 
@@ -57,11 +66,15 @@ class Engine(Protocol):
 
 def row_statistics(logits: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
     """Statistics of logits [R, V] whose rows predict targets [R], in float32; entropy over the whole vocabulary."""
-    logp = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp_(min=LOWEST_LOGP)
-    topk_logp, topk_ids = logp.topk(top_k)
-    own = logp.gather(-1, targets[:, None])[:, 0]
-    entropy = -torch.linalg.vecdot(logp.exp(), logp)
+    below = logits.to(torch.float32, copy=True)
+    below.sub_(below.amax(-1, keepdim=True)).clamp_(min=LOWEST_LOGP)  # the best is 0; -inf * 0 would be NaN
+    p = below.softmax(-1)
+    log_sum = -p.amax(-1).log()  # the peak's exp() is 1, so its probability is 1 / sum
+    topk_ids = best_columns(below, top_k)
+    topk_logp = (below.gather(-1, topk_ids) - log_sum[:, None]).clamp_(min=LOWEST_LOGP)
+    own = (below.gather(-1, targets[:, None])[:, 0] - log_sum).clamp_(min=LOWEST_LOGP)
     tail = (1 - topk_logp.exp().sum(-1)).clamp_(min=0)
+    entropy = log_sum - p.mul_(below).sum(-1)
     columns = (own, entropy, tail, topk_ids.to(torch.int32), topk_logp)
     return TokenRows(*(column.cpu().numpy() for column in columns))
 
@@ -69,14 +82,58 @@ def row_statistics(logits: torch.Tensor, targets: torch.Tensor, top_k: int) -> T
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
-def rows_in_blocks(head: Head, hidden: torch.Tensor, targets: torch.Tensor, top_k: int, vocab_size: int) -> TokenRows:
-    """`row_statistics` of head(hidden [R, D]) without ever holding [R, V]."""
-    block = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // vocab_size))
-    rows = TokenRows.empty(len(targets), top_k)
-    for start in range(0, len(targets), block):
-        part = slice(start, start + block)
-        rows.put(start, row_statistics(head(hidden[part]), targets[part], top_k), 0, block)
-    return rows
+class RowBlocks:
+    """`row_statistics` of head(hidden [R, D]) without ever holding [R, V].
+
+    `rows` are done at once, half as many from when memory runs out; LEAST_ROWS that do not fit raise the error.
+    Several ranks compute a block together: theirs is never halved, because one rank alone would not tell the others.
+    """
+
+    def __init__(self, vocab_size: int, ranks: int = 1) -> None:
+        self.rows = max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // vocab_size))
+        self.ranks = ranks
+        self.backoffs = 0
+
+    def __call__(self, head: Head, hidden: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
+        out = TokenRows.empty(len(targets), top_k)
+        start = 0
+        while start < len(targets):
+            part = slice(start, start + self.rows)
+            work = partial(_head_statistics, head, hidden[part], targets[part], top_k)
+            rows = unless_out_of_memory(work, less_is_possible=self.rows > LEAST_ROWS and self.ranks == 1)
+            if rows is None:
+                self.rows //= 2
+                self.backoffs += 1
+            else:
+                out.put(start, rows, 0, self.rows)
+                start += self.rows
+        return out
+
+
+def _head_statistics(head: Head, hidden: torch.Tensor, targets: torch.Tensor, top_k: int) -> TokenRows:
+    return row_statistics(head(hidden), targets, top_k)
+
+
+Result = TypeVar("Result")
+
+
+def unless_out_of_memory(work: Callable[[], Result], less_is_possible: bool) -> Result | None:
+    """What `work` gives; None where it ran out of memory and less can be tried. Every other error travels."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not (less_is_possible and is_out_of_memory(error)):
+            raise
+    if torch.cuda.is_available():  # here, where the error no longer holds what was allocated
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a CPU, and from vLLM's own processes, it is a RuntimeError that only its text tells apart."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 # --- transformers ------------------------------------------------------------------------------------------------
@@ -93,23 +150,38 @@ class TransformersEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.top_k = top_k
         self.batch_tokens = batch_tokens
+        self._batch_backoffs = 0
         self.model = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=getattr(torch, dtype), use_safetensors=True
         )
         self.model.eval().requires_grad_(False).to(self.device)
-        self.vocab_size = self.model.config.get_text_config().vocab_size
+        self._row_blocks = RowBlocks(self.model.config.get_text_config().vocab_size)
         # The decoder runs by itself; the model around it is then its head with whatever scaling or soft-capping it has.
         decoder = self.model.get_decoder()
         self._decode = decoder.forward
         decoder.forward = _pass_through
 
+    @property
+    def memory_backoffs(self) -> int:
+        return self._batch_backoffs + self._row_blocks.backoffs
+
     @torch.inference_mode()
-    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows]:
+    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows | None]:
         """See Engine."""
-        out: dict[int, TokenRows] = {}
-        order = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
-        for batch in _batches(order, [len(s) for s in sequences], self.batch_tokens):
-            out.update(self._batch_rows(batch, sequences, starts))
+        out: dict[int, TokenRows | None] = {}
+        left = sorted(range(len(sequences)), key=lambda i: (len(sequences[i]), i))
+        while left:
+            batch = _next_batch(left, [len(sequences[i]) for i in left], self.batch_tokens)
+            rows = unless_out_of_memory(partial(self._batch_rows, batch, sequences, starts), less_is_possible=True)
+            if rows is not None:
+                out.update(rows)
+            elif len(batch) == 1:
+                out[batch[0]] = None
+            else:
+                self._batch_backoffs += 1
+                self.batch_tokens = len(batch) // 2 * len(sequences[batch[-1]])
+                continue
+            left = left[len(batch) :]
         return [out[i] for i in range(len(sequences))]
 
     def _batch_rows(
@@ -123,7 +195,7 @@ class TransformersEngine:
         hidden = self._decode(input_ids=input_ids.to(self.device), use_cache=False).last_hidden_state
         kept = [hidden[b, starts[i] - 1 : len(sequences[i]) - 1] for b, i in enumerate(batch)]
         targets = torch.tensor([token for i in batch for token in sequences[i][starts[i] :]], device=self.device)
-        rows = rows_in_blocks(self._head, torch.cat(kept), targets, self.top_k, self.vocab_size)
+        rows = self._row_blocks(self._head, torch.cat(kept), targets, self.top_k)
         return _split(rows, batch, [len(part) for part in kept], self.top_k)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -137,15 +209,12 @@ def _pass_through(inputs_embeds: torch.Tensor, **_: Any) -> Any:
     return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-def _batches(order: list[int], lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Runs of `order` (ascending lengths) whose padded size stays within batch_tokens; one sequence at least."""
-    batches: list[list[int]] = []
-    for i in order:
-        if batches and (len(batches[-1]) + 1) * lengths[i] <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+def _next_batch(order: list[int], lengths: list[int], batch_tokens: int) -> list[int]:
+    """The start of `order` (ascending lengths) whose padded size stays within batch_tokens; one sequence at least."""
+    size = 1
+    while size < len(order) and (size + 1) * lengths[size] <= batch_tokens:
+        size += 1
+    return order[:size]
 
 
 def _split(rows: TokenRows, keys: Sequence[int], counts: Sequence[int], top_k: int) -> dict[int, TokenRows]:
@@ -193,16 +262,35 @@ class VllmEngine:
             worker_extension_cls=f"{RowsExtension.__module__}.{RowsExtension.__qualname__}",
         )
         self.llm.collective_rpc("keep_rows", args=(top_k,))
+        self.memory_backoffs = 0
+        self._unfinished = False
 
-    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows]:
-        """See Engine."""
+    def token_rows(self, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> list[TokenRows | None]:
+        """See Engine.
+
+        Raises ValueError naming the keys to lower where vLLM runs out of memory, and at every call after a failed one:
+        what was scheduled then is still there.
+        """
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
+        if self._unfinished:
+            raise ValueError("vLLM failed in an earlier call and cannot go on in this process")
         prompts = [{"prompt_token_ids": list(ids[:-1])} for ids in sequences]
-        wanted = [{"key": i, "targets": list(ids[starts[i] :])} for i, ids in enumerate(sequences)]
-        params = [SamplingParams(max_tokens=1, temperature=0, detokenize=False, extra_args=extra) for extra in wanted]
-        self.llm.generate(prompts, params, use_tqdm=False)
-        rows: dict[int, TokenRows] = self.llm.collective_rpc("take_rows")[0]
+        wanted = [{"key": i, "start": starts[i], "last": ids[-1]} for i, ids in enumerate(sequences)]
+        options = {"max_tokens": 1, "temperature": 0, "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        params = [SamplingParams(**options, extra_args=extra) for extra in wanted]
+        self._unfinished = True
+        try:
+            self.llm.generate(prompts, params, use_tqdm=False)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            keys = "teacher.engine.max_num_batched_tokens, .gpu_memory_utilization or teacher.max_length"
+            raise ValueError(f"vLLM ran out of memory; lower {keys}") from error
+        rows: dict[int, TokenRows]
+        rows, self.memory_backoffs = self.llm.collective_rpc("take_rows")[0]
+        self._unfinished = False
         return [rows[i] for i in range(len(sequences))]
 
 
@@ -268,37 +356,42 @@ class RowsExtension:
 
     def keep_rows(self, top_k: int) -> None:
         self._rows: dict[int, TokenRows] = {}
-        self.model_runner._get_prompt_logprobs_dict = partial(self._step_rows, top_k)
+        runner = self.model_runner
+        self._row_blocks = RowBlocks(runner.model_config.get_vocab_size(), runner.parallel_config.world_size)
+        runner._get_prompt_logprobs_dict = partial(self._step_rows, top_k)
 
-    def take_rows(self) -> dict[int, TokenRows]:
+    def take_rows(self) -> tuple[dict[int, TokenRows], int]:
+        """The rows of all requests since the last call, by key, and how often memory ran out since the start."""
         rows, self._rows = self._rows, {}
-        return rows
+        return rows, self._row_blocks.backoffs
 
     def _step_rows(
         self, top_k: int, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]
     ) -> dict[str, None]:
         runner = self.model_runner
         places: list[tuple[int, int, int]] = []  # key, first row, rows
-        positions: list[int] = []
+        positions: list[np.ndarray] = []
         targets: list[int] = []
         for request_id, scheduled in num_scheduled_tokens.items():
             request = runner.requests[request_id]
             extra = request.sampling_params.extra_args
             if extra is None:  # vLLM's own warm-up requests
                 continue
-            first = request.num_prompt_tokens - len(extra["targets"])  # its logits predict the first target
-            begin = max(first, request.num_computed_tokens)
-            end = min(request.num_computed_tokens + scheduled, request.num_prompt_tokens)
+            start, tokens, computed = extra["start"], request.num_prompt_tokens, request.num_computed_tokens
+            begin = max(start - 1, computed)  # the logits at start - 1 predict the first wanted token
+            end = min(computed + scheduled, tokens)
             if begin >= end:
                 continue
-            offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]])
-            offset -= request.num_computed_tokens
-            self._rows.setdefault(extra["key"], TokenRows.empty(len(extra["targets"]), top_k))
-            places.append((extra["key"], begin - first, end - begin))
-            positions.extend(range(offset + begin, offset + end))
-            targets.extend(extra["targets"][begin - first : end - first])
+            offset = int(runner.query_start_loc.np[runner.input_batch.req_id_to_index[request_id]]) - computed
+            if extra["key"] not in self._rows:
+                self._rows[extra["key"]] = TokenRows.empty(tokens + 1 - start, top_k)
+            places.append((extra["key"], begin - start + 1, end - begin))
+            positions.append(np.arange(offset + begin, offset + end))
+            targets += request.prompt_token_ids[begin + 1 : end + 1]
+            if end == tokens:
+                targets.append(extra["last"])
         if places:
-            self._compute_rows(top_k, hidden_states, places, positions, targets)
+            self._compute_rows(top_k, hidden_states, places, np.concatenate(positions), targets)
         return {}
 
     def _compute_rows(
@@ -306,14 +399,12 @@ class RowsExtension:
         top_k: int,
         hidden_states: torch.Tensor,
         places: list[tuple[int, int, int]],
-        positions: list[int],
+        positions: np.ndarray,
         targets: list[int],
     ) -> None:
-        runner = self.model_runner
-        hidden = hidden_states[torch.tensor(positions, device=hidden_states.device)]
+        hidden = hidden_states[torch.from_numpy(positions).to(hidden_states.device)]
         wanted = torch.tensor(targets, device=hidden_states.device)
-        vocab_size = runner.model_config.get_vocab_size()
-        rows = rows_in_blocks(runner.model.compute_logits, hidden, wanted, top_k, vocab_size)
+        rows = self._row_blocks(self.model_runner.model.compute_logits, hidden, wanted, top_k)
         done = 0
         for key, start, count in places:
             self._rows[key].put(start, rows, done, done + count)

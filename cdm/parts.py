@@ -124,10 +124,13 @@ def write_bytes(folder: str, name: str, data: bytes | memoryview) -> None:
         return
     os.makedirs(local, exist_ok=True)
     with _temporary(local, name) as path:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(path, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # a full disk does not say which one
+            raise OSError(error.errno, error.strerror, local) from error
         os.replace(path, os.path.join(local, name))
     fsync_folder(local)
 

@@ -51,7 +51,10 @@ class TeacherScorer:
         all_rows = self.engine.token_rows(sequences, [len(r.prompt_ids) for r in rendered])
         scored = []
         for one, rows in zip(rendered, all_rows, strict=True):
-            if np.isfinite(rows.entropy).all() and np.isfinite(rows.logp).all():
+            if rows is None:
+                tokens = len(one.prompt_ids) + len(one.ids)
+                quarantined.append((one.id, f"its {tokens} tokens do not fit in memory, even alone"))
+            elif np.isfinite(rows.entropy).all() and np.isfinite(rows.logp).all():
                 scored.append(_scored(one, rows))
             else:
                 quarantined.append((one.id, "the teacher's logits are not finite"))

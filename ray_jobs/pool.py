@@ -8,6 +8,7 @@ byte for byte.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ ATTEMPTS = 4  # at one part, by actors that died
 PARTS_IN_FLIGHT = 2  # an engine: the one being made and the next
 
 
-class PartWorker:
+class PartWorker(ABC):
     """What an actor of the pool does, one part a call: `make` it in `folder` unless it is there, then `summary`.
 
     A summary is a row of counts whose columns, with their zeros, are `nothing`. `count_attempt` is told the part's name
@@ -40,13 +41,13 @@ class PartWorker:
         self.folder = folder
         self.count_attempt = count_attempt
 
+    @abstractmethod
     def make(self, part: Part) -> None:
         """Write the part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self, name: str) -> dict[str, Any]:
         """What came of a part, read back from it."""
-        raise NotImplementedError
 
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
         part = Part(**batch.to_pylist()[0])

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import pyarrow as pa
+import ray
+
 from cdm import parts
 from cdm.config import Pretrained, Teacher, TeacherPool
 from cdm.corpus import read_documents
@@ -59,7 +62,7 @@ def score(
         "shards_folder": shards_folder,
         "identity": identity,
     }
-    for row in make_parts(ScorePart, arguments, [corpus.part(name) for name in missing], pool):
+    for row in make_parts(PlacedScorePart, arguments, [corpus.part(name) for name in missing], pool):
         tally.add(row)
     return finish_shards(shards_folder, names, identity)
 
@@ -99,6 +102,10 @@ class ScorePart(PartWorker):
         self.scorer = TeacherScorer(**scorer)
         self.corpus_folder, self.identity = corpus_folder, identity
 
+    def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
+        before = self.scorer.engine.memory_backoffs
+        return super().__call__(batch) | {"memory_backoffs": [self.scorer.engine.memory_backoffs - before]}
+
     def make(self, part: Part) -> None:
         documents = read_documents(self.corpus_folder, part.name, expect=part)
         scored, quarantined = self.scorer(documents)
@@ -106,6 +113,13 @@ class ScorePart(PartWorker):
 
     def summary(self, name: str) -> dict[str, Any]:
         return _summary(self.folder, name)
+
+
+class PlacedScorePart(ScorePart):
+    """An actor that also says on which node it is."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
+        return super().__call__(batch) | {"node": [ray.get_runtime_context().get_node_id()]}
 
 
 def _summary(folder: str, name: str) -> dict[str, Any]:
@@ -124,8 +138,9 @@ class _Tally:
 
     def __init__(self, max_share: float, documents: int, on_progress: OnProgress | None) -> None:
         self._max_share, self._all, self._on_progress = max_share, documents, on_progress
-        self._done = self._quarantined = self._tokens = 0
+        self._done = self._quarantined = self._tokens = self._backoffs = 0
         self._reasons: list[str] = []
+        self._nodes: set[str] = set()
         self._began: float | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -134,6 +149,8 @@ class _Tally:
         self._done += row["documents"] + row["quarantined"]
         self._quarantined += row["quarantined"]
         self._tokens += row["tokens"]
+        self._backoffs += row.get("memory_backoffs", 0)  # a part of an earlier run has neither these nor a node
+        self._nodes |= {row["node"]} if "node" in row else set()
         self._reasons += [row["reasons"]] if row["reasons"] else []
         if self._quarantined > self._max_share * self._all:
             first = "; ".join(self._reasons[:SHOWN_REASONS])
@@ -148,7 +165,9 @@ class _Tally:
         if self._began is None:
             return "from an earlier run"
         rate = self._tokens / max(1e-9, time.monotonic() - self._began)
-        return f"{rate:,.0f} tokens/s" + (f", {self._quarantined} in quarantine" if self._quarantined else "")
+        counted = [(self._quarantined, "in quarantine"), (self._backoffs, "memory back-offs")]
+        where = f" on {len(self._nodes)} nodes" if len(self._nodes) > 1 else ""
+        return ", ".join([f"{rate:,.0f} tokens/s{where}", *(f"{count} {what}" for count, what in counted if count)])
 
 
 def _scorer_arguments(teacher: Teacher, model_path: str) -> dict[str, Any]:

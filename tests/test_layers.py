@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config")
-CORE = ("parts", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
+CORE = ("parts", "top_k", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),

@@ -1,69 +1,37 @@
-"""Scoring on a real, embedded Ray, with kill -9 of actors and drivers. Run as a module, this file is such a driver."""
+"""Scoring on a real, embedded Ray; one kill -9 of vLLM. tests/test_faults.py kills everything else."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pyarrow as pa
 import pytest
-import torch
 
 from cdm import corpus, parts, shards
-from cdm.config import Teacher, TeacherPool
+from cdm.config import TeacherPool
 from cdm.records import Document
 from ray_jobs.cluster import connect
 from ray_jobs.pool import ATTEMPTS
-from ray_jobs.score import ScorePart, score, shards_identity
+from ray_jobs.score import _Tally, score
 from tests import tiny
+from tests.scoring import (
+    ALL_CPUS,
+    TRANSFORMERS,
+    asked,
+    files,
+    in_process,
+    one_row,
+    run,
+    wait_for,
+    workers,
+    write_corpus,
+)
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS, PART_DOCUMENTS = 360, 24
-ALL_CPUS = TeacherPool(cpus=float(os.cpu_count() or 1))  # an engine that takes them all must not lock Ray up
 VLLM = {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.05, "max_num_batched_tokens": 64}
-TRANSFORMERS = {"type": "transformers", "dtype": "float32", "batch_tokens": 1}  # one document a batch: slow enough
-
-
-def write_corpus(folder: Path, documents: list[Document]) -> str:
-    names = []
-    for start in range(0, len(documents), PART_DOCUMENTS):
-        rows = [
-            {
-                "id": document.id,
-                "prompt": [{"role": message.role, "content": message.content} for message in document.prompt],
-                "response": document.response,
-                "metadata": "{}",
-            }
-            for document in documents[start : start + PART_DOCUMENTS]
-        ]
-        names.append(f"train-{start // PART_DOCUMENTS:05d}.parquet")
-        parts.write_part(str(folder), names[-1], pa.Table.from_pylist(rows, schema=corpus.SCHEMA))
-    parts.finish(str(folder), {}, kind="corpus", names=names)
-    return str(folder)
-
-
-def asked(model: str, engine: dict[str, Any], **options: Any) -> Teacher:
-    return Teacher.model_validate({"model": model, "engine": engine, "top_k": 8, "max_length": 128, **options})
-
-
-def run(model: str, corpus_folder: str, folder: str, engine: dict[str, Any], **options: Any) -> parts.Manifest:
-    return score(
-        asked(model, engine),
-        model_path=model,
-        model_identity="weights",
-        corpus_folder=corpus_folder,
-        shards_folder=folder,
-        pool=ALL_CPUS,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def corpus_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     documents = tiny.documents(DOCUMENTS - 1)
     documents.insert(40, Document("no-prompt", (), "x"))  # the one that cannot be scored
-    return write_corpus(tmp_path_factory.mktemp("corpus"), documents)
+    return write_corpus(tmp_path_factory.mktemp("corpus"), documents, PART_DOCUMENTS)
 
 
 @pytest.fixture(scope="module")
@@ -92,28 +60,6 @@ def undisturbed(model: str, corpus_folder: str, embedded: None, tmp_path_factory
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == DOCUMENTS and "tokens/s" in told[-1][1] and "1 in quarantine" in told[-1][1]
     return folder
-
-
-def files(folder: Path | str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
-def workers(pid: int) -> list[psutil.Process]:
-    """The scoring actors below a process."""
-    found = []
-    for process in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "MapWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
-
-
-def wait_for_a_part(folder: Path, seconds: float = 200) -> None:
-    for _ in range(int(seconds / 0.01)):
-        if folder.is_dir() and parts.list_parts(str(folder)):
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError(f"no part in {folder}")
 
 
 @pytest.mark.slow
@@ -135,7 +81,7 @@ def test_a_killed_actor_is_replaced_and_changes_nothing(
     left: list[int] = []
 
     def kill() -> None:
-        wait_for_a_part(tmp_path)
+        wait_for(lambda: parts.list_parts(str(tmp_path)))
         (victim,) = workers(os.getpid())
         victim.kill()
         left.append(DOCUMENTS // PART_DOCUMENTS - len(parts.list_parts(str(tmp_path))))
@@ -148,54 +94,6 @@ def test_a_killed_actor_is_replaced_and_changes_nothing(
     assert files(tmp_path) == files(undisturbed)
 
 
-@pytest.mark.slow
-def test_a_killed_driver_leaves_whole_parts_and_the_next_run_does_the_rest(
-    embedded: None, model: str, corpus_folder: str, tmp_path: Path
-) -> None:
-    folder = tmp_path / "killed"
-    driver = subprocess.Popen([sys.executable, "-m", "tests.test_score", model, corpus_folder, str(folder)], cwd=ROOT)
-    wait_for_a_part(folder)
-    (engine,) = workers(driver.pid)
-    driver.kill()
-    driver.wait()
-    assert psutil.wait_procs([engine], timeout=60)[1] == [], "the engine of a dead driver lives on"
-    assert not parts.is_finished(str(folder))
-    whole = set(parts.list_parts(str(folder)))
-    names = parts.read_manifest(corpus_folder).names
-    assert 0 < len(whole) < len(names)
-    inodes = {name: (folder / name).stat().st_ino for name in whole}
-    run(model, corpus_folder, str(folder), TRANSFORMERS)
-    assert {name: (folder / name).stat().st_ino for name in whole} == inodes, "a part was written again"
-
-    teacher = asked(model, TRANSFORMERS)
-    by_hand = in_process(teacher, model, corpus_folder, tmp_path / "undisturbed")
-    with threads(int(ALL_CPUS.cpus)):  # as many as an actor has: how sums are divided among them decides their last bit
-        for part in parts.read_manifest(corpus_folder).parts:
-            by_hand(one_row(part))
-    shards.finish_shards(str(tmp_path / "undisturbed"), names, by_hand.identity)
-    assert files(folder) == files(tmp_path / "undisturbed")
-
-
-def in_process(teacher: Teacher, model: str, corpus_folder: str, folder: Path, attempt: int = 1) -> ScorePart:
-    """What an actor runs, without Ray."""
-    scorer = {"model": model, "engine": teacher.engine.model_dump(), "top_k": 8, "max_length": teacher.max_length}
-    identity = shards_identity(teacher, model, "weights", parts.read_manifest(corpus_folder).fingerprint)
-    return ScorePart(scorer, corpus_folder, str(folder), identity, count_attempt=lambda name: attempt)
-
-
-@contextmanager
-def threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    yield
-    torch.set_num_threads(before)
-
-
-def one_row(part: parts.Part) -> pa.Table:
-    fields = {"name": part.name, "rows": part.rows, "bytes": part.bytes, "sha256": part.sha256}
-    return pa.Table.from_pylist([fields])
-
-
 # --- without an engine or a cluster ------------------------------------------------------------------------------
 
 
@@ -203,7 +101,7 @@ def one_row(part: parts.Part) -> pa.Table:
 def scored_by_hand(model: str, tmp_path: Path) -> tuple[str, str]:
     """A corpus of two parts, the first of which is scored. Three of its documents cannot be."""
     documents = [Document(f"bad-{i}", (), "x") for i in range(3)] + tiny.documents(PART_DOCUMENTS)
-    folder = write_corpus(tmp_path / "corpus", documents)
+    folder = write_corpus(tmp_path / "corpus", documents, PART_DOCUMENTS)
     actor = in_process(asked(model, TRANSFORMERS), model, folder, tmp_path / "shards")
     row = actor(one_row(parts.read_manifest(folder).parts[0]))
     assert row["quarantined"] == [3] and row["documents"] == [PART_DOCUMENTS - 3] and row["error"] == [""]
@@ -216,6 +114,17 @@ def test_too_many_in_quarantine_fail_the_job_with_counts_and_reasons(
     folder, shards_folder = scored_by_hand
     with pytest.raises(ValueError, match=r"3 of 27 .*max_quarantined_share \(0.01\).*bad-0: .*at least one message"):
         run(model, folder, shards_folder, TRANSFORMERS)
+
+
+def test_progress_tells_memory_backoffs_and_nodes() -> None:
+    told: list[str] = []
+    tally = _Tally(0.5, 12, lambda done, note: told.append(note))
+    row = {"documents": 4, "quarantined": 0, "tokens": 100, "reasons": ""}
+    tally.add(row)  # from an earlier run
+    tally.add(row | {"seconds": 1.0, "memory_backoffs": 2, "node": "a"})
+    assert "nodes" not in told[-1]
+    tally.add(row | {"seconds": 1.0, "memory_backoffs": 1, "node": "b"})
+    assert told[-1].endswith("tokens/s on 2 nodes, 3 memory back-offs")
 
 
 def test_a_finished_folder_is_returned_without_ray(model: str, scored_by_hand: tuple[str, str]) -> None:
@@ -270,8 +179,3 @@ def test_what_this_machine_lacks_is_named(embedded: None, model: str, corpus_fol
             shards_folder=str(tmp_path),
             pool=TeacherPool(custom={"TPU_POD": 1}),
         )
-
-
-if __name__ == "__main__":
-    with connect():
-        print(json.dumps(run(*sys.argv[1:], TRANSFORMERS).meta))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from cdm.engines import LOWEST_LOGP, TransformersEngine, row_statistics
+from cdm.engines import BLOCK_ROWS, LOWEST_LOGP, RowBlocks, TransformersEngine, row_statistics
 from cdm.records import Document, Message, ScoredDocument
 from cdm.teacher import CannotScore, TeacherScorer, render
 from cdm.tokenizers import load_tokenizer
@@ -43,7 +44,7 @@ def scorer(model: str) -> TeacherScorer:
     return TeacherScorer(model, engine=TRANSFORMERS, top_k=TOP_K, max_length=MAX_LENGTH)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module")  # the last test that takes it breaks it
 def vllm_scorer(model: str) -> Iterator[TeacherScorer]:
     before = dict(os.environ)
     yield TeacherScorer(model, engine=VLLM, top_k=TOP_K, max_length=MAX_LENGTH)
@@ -149,6 +150,91 @@ def test_the_head_keeps_the_models_soft_capping(tmp_path: Path) -> None:
     expected = slow_rows(full, sequence[:5], np.array(sequence[5:]), 4)
     np.testing.assert_allclose(rows.entropy, expected["entropy_t"], atol=1e-3)
     np.testing.assert_allclose(rows.topk_logp, expected["topk_logp_t"], atol=1e-3)
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A head or a decoder that runs out of memory on more than `most` items, as an accelerator or a CPU says it."""
+
+    def __init__(self, work: Any, most: int, size: Any, error: Exception) -> None:
+        self.work, self.most, self.size, self.error = work, most, size, error
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.size(*args, **kwargs) > self.most:
+            raise self.error
+        return self.work(*args, **kwargs)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["accelerator", "cpu"])
+def test_a_block_of_rows_that_does_not_fit_is_halved_and_changes_nothing(error: Exception) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(600, 8, generator=generator), torch.randn(50, 8, generator=generator)
+    targets = torch.randint(50, (600,), generator=generator)
+    expected = row_statistics(hidden @ weight.T, targets, 5)
+    blocks = RowBlocks(vocab_size=50)
+    head = Memory(lambda h: h @ weight.T, most=40, size=len, error=error)
+    rows = blocks(head, hidden, targets, 5)
+    assert blocks.backoffs == 3 and blocks.rows == BLOCK_ROWS // 8
+    for name in ("logp", "entropy", "tail", "topk_ids", "topk_logp"):
+        np.testing.assert_allclose(getattr(rows, name), getattr(expected, name), atol=1e-5)
+    head.most = 0
+    with pytest.raises(type(error), match="memory"):
+        blocks(head, hidden, targets, 5)
+    with pytest.raises(type(error), match="memory"):  # ranks would wait for each other's blocks
+        RowBlocks(vocab_size=50, ranks=2)(Memory(len, 0, len, error), hidden, targets, 5)
+    with pytest.raises(RuntimeError, match="shapes"):  # no other error is taken for one of memory
+        blocks(Memory(len, 0, len, RuntimeError("shapes")), hidden, targets, 5)
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["accelerator", "cpu"])
+def test_a_batch_that_does_not_fit_is_halved_down_to_one_document(model: str, error: Exception) -> None:
+    scorer = TeacherScorer(model, engine=TRANSFORMERS, top_k=TOP_K, max_length=MAX_LENGTH)
+    engine = scorer.engine
+    assert isinstance(engine, TransformersEngine)
+    undisturbed, _ = scorer(tiny.documents(20))
+    assert engine.memory_backoffs == 0
+    engine._decode = Memory(engine._decode, 100, lambda input_ids, use_cache: input_ids.numel(), error)
+    scored, quarantined = scorer(tiny.documents(20))
+    assert engine.memory_backoffs > 0 and 0 < len(quarantined) < 20
+    assert all(re.fullmatch(r"its \d+ tokens do not fit in memory, even alone", reason) for _, reason in quarantined)
+    by_id = {one.id: one for one in undisturbed}
+    assert {one.id for one in scored} | {name for name, _ in quarantined} == set(by_id)
+    for one in scored:
+        np.testing.assert_array_equal(one.topk_ids_t, by_id[one.id].topk_ids_t)
+        np.testing.assert_allclose(one.entropy_t, by_id[one.id].entropy_t, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_vllm_halves_our_block_and_names_the_keys_where_its_own_memory_ends(
+    vllm_scorer: TeacherScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, _ = vllm_scorer(tiny.documents(9))
+    engine: Any = vllm_scorer.engine
+    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    whole = runner.model.compute_logits
+    monkeypatch.setattr(runner.model, "compute_logits", Memory(whole, 40, len, OUT_OF_MEMORY[0]))
+    halved, _ = vllm_scorer(tiny.documents(9))
+    assert engine.memory_backoffs > 0
+    for one, two in zip(halved, undisturbed, strict=True):
+        np.testing.assert_array_equal(one.topk_ids_t, two.topk_ids_t)
+        np.testing.assert_allclose(one.entropy_t, two.entropy_t, atol=1e-4)
+    monkeypatch.setattr(runner.model, "compute_logits", Memory(whole, 0, len, OUT_OF_MEMORY[0]))
+    with pytest.raises(ValueError, match=r"lower teacher\.engine\.max_num_batched_tokens"):
+        vllm_scorer(tiny.documents(9))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="failed in an earlier call"):  # its old requests would get new rows
+        vllm_scorer(tiny.documents(9))
+
+
+# --- rendering ---------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
