@@ -207,11 +207,11 @@ def _teacher_tokenizer(folder: str, identity: Mapping[str, Any]) -> Tokenizer | 
     from cdm.tokenizers import load_tokenizer  # a second or more, and most folders can be shown without
 
     name, wanted = identity["teacher"], identity["tokenizer_t"]
-    beside = [path for stage in ("models", "students") for path in folders_in(_beside(folder, stage))]
     named = identity["teacher_identity"].removeprefix(f"{name}@")
     revision = named if named != identity["teacher_identity"] else None
     reason = f"{name} has another tokenizer now"
-    for candidate in [*(p for p in beside if PurePosixPath(p).name.startswith(PurePosixPath(name).name)), name]:
+    beside = (path for path in models_beside(folder) if PurePosixPath(path).name.startswith(PurePosixPath(name).name))
+    for candidate in [*beside, name]:
         try:
             tokenizer = load_tokenizer(candidate, revision=revision if candidate == name else None)
         except ValueError as error:
@@ -278,12 +278,12 @@ def _draw(k: int, tokens_s: list[str], tokens_t: list[str], alignment: Alignment
 
 
 def _scores(folder: str, fingerprint: str, name: str) -> list[ScoredDocument] | None:
-    found = _by_fingerprint(folder, "shards", fingerprint)
+    found = folder_by_fingerprint(folder, "shards", fingerprint)
     return None if found is None else shards.read_scores(found, name)
 
 
 def _documents(folder: str, fingerprint: str | None, name: str) -> dict[str, Document]:
-    found = None if fingerprint is None else _by_fingerprint(folder, "corpus", fingerprint)
+    found = None if fingerprint is None else folder_by_fingerprint(folder, "corpus", fingerprint)
     return {} if found is None else {document.id: document for document in read_documents(found, name)}
 
 
@@ -298,7 +298,7 @@ SHOW: dict[str, Callable[[_Opened, int], None]] = {
 }
 
 
-def _by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
+def folder_by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
     """The finished folder of another stage of the same storage folder; says so where there is none."""
     where = _beside(folder, stage)
     for candidate in folders_in(where):
@@ -308,6 +308,11 @@ def _by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
         Text(f"no {stage} folder with fingerprint {fingerprint[:12]}… in {where}: texts are left out", "yellow")
     )
     return None
+
+
+def models_beside(folder: str) -> list[str]:
+    """The models of the storage folder that a stage's folder is in."""
+    return [path for stage in ("models", "students") for path in folders_in(_beside(folder, stage))]
 
 
 def _beside(folder: str, stage: str) -> str:
