@@ -103,31 +103,22 @@ def write_part(
     left under `name` then.
     """
     _check_name(name)
-    data = _parquet(table, row_group_size, compression_level, column_encoding, use_dictionary)
+    data = _parquet(
+        table,
+        row_group_size=row_group_size,
+        compression_level=compression_level,
+        use_dictionary=use_dictionary if isinstance(use_dictionary, bool) else list(use_dictionary),
+        column_encoding=dict(column_encoding) if column_encoding else None,
+    )
     write_bytes(folder, name, memoryview(data))
     return Part(name, table.num_rows, data.size, hashlib.sha256(data).hexdigest())
 
 
-def _parquet(
-    table: pa.Table,
-    row_group_size: int | None = None,
-    compression_level: int = 3,
-    column_encoding: Mapping[str, str] | None = None,
-    use_dictionary: bool | Sequence[str] = False,
-) -> pa.Buffer:
+def _parquet(table: pa.Table, **options: Any) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.combine_chunks(),  # page bounds follow the chunks, which are no part of a table's value
-        sink,
-        row_group_size=row_group_size,
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
-        compression_level=compression_level,
-        use_dictionary=use_dictionary if isinstance(use_dictionary, bool) else list(use_dictionary),
-        column_encoding=dict(column_encoding) if column_encoding else None,
-        write_statistics=False,
-    )
+    whole = table.combine_chunks()  # page bounds follow the chunks, which are no part of a table's value
+    fixed = {"version": "2.6", "data_page_version": "1.0", "compression": "zstd", "write_statistics": False}
+    pq.write_table(whole, sink, **fixed, **options)
     return sink.getvalue()
 
 
@@ -178,7 +169,8 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
     parts = manifest.parts
     columns = [[part.name for part in parts], [part.rows for part in parts], [part.bytes for part in parts]]
     columns.append([bytes.fromhex(part.sha256) for part in parts])
-    data = _parquet(pa.Table.from_pydict(dict(zip(_PARTS.names, columns, strict=True)), schema=_PARTS))
+    table = pa.Table.from_pydict(dict(zip(_PARTS.names, columns, strict=True)), schema=_PARTS)
+    data = _parquet(table, compression_level=3, use_dictionary=False)
     write_bytes(folder, PARTS, memoryview(data))
     about = {"schema_version": manifest.schema_version, "kind": manifest.kind, "meta": manifest.meta}
     about |= {"parts": len(parts), "rows": manifest.rows, "bytes": manifest.bytes}
@@ -246,7 +238,7 @@ def read_manifest(folder: str, expect: Mapping[str, Any] | None = None) -> Manif
 
 
 def _read_parts(folder: str, checksum: str) -> tuple[Part, ...]:
-    """The table of parts. Raises ValueError where it is missing or is not the one that the manifest was written with."""
+    """The table of parts. Raises ValueError where it is missing or not the one that the manifest was written with."""
     with _open(folder, PARTS) as file:
         data = file.read()
     found = hashlib.sha256(data).hexdigest()
@@ -294,7 +286,7 @@ def open_part(folder: str, name: str, *, expect: Part | None = None) -> pq.Parqu
 
 
 def check_parts(folder: str, manifest: Manifest) -> Iterator[tuple[Part, str | None]]:
-    """Each part, and how its file differs from the manifest: no file, another size or checksum; else None."""
+    """Each part, and how its file differs from the manifest; None where it does not."""
 
     def fault(part: Part) -> str | None:
         try:

@@ -62,6 +62,17 @@ def test_row_groups_can_be_read_alone_and_in_any_order(tmp_path: Path) -> None:
     assert_equal(shards.read_scores(str(tmp_path), NAME, row_groups=[2, 0]), documents[32:] + documents[:16])
 
 
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_shards_live_at_any_url(tmp_path: Path, scheme: str) -> None:
+    folder = f"{scheme}://{tmp_path}/shards"
+    documents = scored(20, ragged=True)
+    part = write(folder, documents)
+    assert part == write(tmp_path / "local", documents)
+    manifest = shards.finish_shards(folder, [NAME], IDENTITY)
+    assert shards.open_shards(folder, IDENTITY) == manifest and parts.verify(folder).parts == (part,)
+    assert_equal(shards.read_scores(folder, NAME, row_groups=[1]), documents[16:])
+
+
 def test_a_part_written_twice_is_the_same_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a", scored(20))
     second = write(tmp_path / "b", scored(20))
