@@ -53,7 +53,7 @@ def decode(codes: Codes, kept: np.ndarray, k: int, vocabulary: int) -> tuple[np.
     Raises ValueError where the streams do not fit the counts.
     """
     entries = int(kept.sum())
-    more = [int(more_bytes(stream).sum()) for stream in (codes.ids, codes.logp)]
+    more = [np.count_nonzero(c >= ONE) + np.count_nonzero(c >= TWO) for c in (codes.ids, codes.logp)]
     found = (len(codes.ids), len(codes.logp), len(codes.ids_more), len(codes.logp_more))
     if found != (entries, entries, *more) or (len(kept) and not 0 <= kept.min() <= kept.max() <= k):
         raise ValueError(f"top-k streams of {found} bytes, expected {(entries, entries, *more)} for {len(kept)} rows")

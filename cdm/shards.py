@@ -165,6 +165,17 @@ def read_footer(folder: str, name: str) -> PartScores:
     return PartScores(footer["identity"], documents, footer["tokens"], footer["truncated"], quarantined)
 
 
+def column_bytes(folder: str, name: str) -> dict[str, int]:
+    """The bytes that each column of a part takes in the file."""
+    with parts.open_part(folder, name) as file:
+        metadata = file.metadata
+    found = dict.fromkeys(SCHEMA.names, 0)
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            found[column.path_in_schema.split(".")[0]] += column.total_compressed_size
+    return found
+
+
 def _check_version(folder: str, name: str, metadata: Mapping[bytes, bytes] | None) -> dict[str, Any]:
     """The footer of a part. Raises ValueError where there is none or it is of another version."""
     if _FOOTER not in (metadata or {}):
