@@ -223,6 +223,7 @@ def read_moving(arrays: Arrays, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 Encode = Callable[[np.ndarray, np.ndarray], Arrays]
 Decode = Callable[[Arrays, int], tuple[np.ndarray, np.ndarray]]
+CHOSEN = "codes of places in a moving list (cdm.codec)"
 FORMATS: dict[str, tuple[Encode, Decode]] = {
     "int32 + float16, best first": (plain, read_plain),
     "ids of 18 bits + float16": (packed, read_packed),
@@ -233,5 +234,5 @@ FORMATS: dict[str, tuple[Encode, Decode]] = {
     "codes of ids": (id_codes, read_id_codes),
     "codes of frequency ranks, a table a row group": (ranked, read_ranked),
     "codes of places in the row before, or ids": (seen_before, read_seen_before),
-    "codes of places in a moving list (cdm.codec)": (moving, read_moving),
+    CHOSEN: (moving, read_moving),
 }

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.shard_formats import FORMATS, Arrays
+from benchmarks.shard_formats import CHOSEN, FORMATS, Arrays
 from benchmarks.teacher_152k import describe, scored_documents
 from cdm import shards
 from cdm.records import ScoredDocument
@@ -42,9 +42,8 @@ def main() -> None:
     print(describe(documents))
     print(describe(sharp) + f"  (sharpened {SHARPEN:g} times)\n")
     print(f"{f'top {K} rows':46}{'B/token':>9}{'sharp':>8}{'max err':>9}{'mean err':>10}{'write/s':>10}{'read/s':>11}")
-    result = {}
-    for name in [*FORMATS, *PACKED]:
-        result = _format(name, _groups(documents), _groups(sharp))
+    formats = {name: _format(name, _groups(documents), _groups(sharp)) for name in [*FORMATS, *PACKED]}
+    result = formats[CHOSEN]
     print(
         f"\nwhole parts (every column, cdm.shards){'':9}{'B/token':>9}{'kept':>8}{'KL':>11}{'write/s':>9}{'read/s':>11}"
     )
