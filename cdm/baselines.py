@@ -140,7 +140,7 @@ def gold(
     """JSD on the shared vocabulary, sorted L1 on the rest, weighted by how much is shared.
 
     Source: the hybrid ULD loss of GOLD in Hugging Face TRL. The weight is the share of the teacher's vocabulary with an
-    exact image; what is sorted are the unshared ids among each side's best K.
+    exact image; what is sorted are the unshared ids among each side's best, as many as the teacher kept in that row.
     """
     vocab_map = need_map("gold", logits_s, vocab_map)
     if len(teacher.groups_s) == 0:
@@ -152,7 +152,9 @@ def gold(
     on_shared = temperature**2 * losses.js(log_p, log_q, beta)
     alone_t = torch.where(shared, -torch.inf, pairs.logp_t).exp()
     live = pairs.pick(pairs.top_s) - pairs.lse[:, None]
-    alone_s = torch.where(vocab_map.reverse.images(pairs.top_s) >= 0, -torch.inf, live).exp()
+    ranks = torch.arange(live.shape[1], device=live.device)
+    compared = (vocab_map.reverse.images(pairs.top_s) < 0) & (ranks < (pairs.ids_t >= 0).sum(1, keepdim=True))
+    alone_s = torch.where(compared, live, -torch.inf).exp()
     on_rest = _sorted_l1(alone_t, alone_s)
     weight = float((vocab_map.exact >= 0).mean())
     mass = torch.where(shared, pairs.logp_t, -torch.inf).exp().sum(1)
@@ -214,13 +216,13 @@ def _by_position(teacher: TeacherRows, documents_s: Tensor) -> tuple[Tensor, Ten
 def _sorted_outcomes(
     logits_s: Tensor, teacher: TeacherRows, rows_s: Tensor, rows_t: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities by rank, the best k and the residual: [M, k + 1] of each side."""
+    """Log-probabilities by rank, as many as the teacher kept, and the residual: [M, k + 1] of each side."""
     k = min(teacher.topk_logp_t.shape[1], logits_s.shape[1])
     best = logits_s.detach().topk(k).indices[rows_s]
     lse = losses.row_logsumexp(logits_s)[rows_s]
     pairs = Pairs(logits_s, rows_s, best, lse, best, teacher.topk_logp_t[rows_t, :k])
-    known = torch.ones_like(best, dtype=torch.bool)
-    return losses.topk_outcomes(pairs.pick(best), lse, pairs.logp_t, known, temperature)
+    kept = ~torch.isneginf(pairs.logp_t)
+    return losses.topk_outcomes(pairs.pick(best), lse, pairs.logp_t, kept, temperature)
 
 
 def _sinkhorn_divergence(p: Tensor, q: Tensor, blur: float, iterations: int) -> Tensor:

@@ -28,6 +28,7 @@ ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. student.learning_rate=1e-4")
 ]
+SHOWN_FAULTS = 10  # by `verify`, the first ones
 DEMO = Path(__file__).resolve().parent.parent / "configs" / "demo.yaml"
 
 
@@ -120,6 +121,26 @@ def inspect(
         inspect_path(path, rows)
     except (ValueError, OSError) as error:
         fail(str(error), 1)
+
+
+@app.command()
+def verify(
+    path: Annotated[str, typer.Argument(help="a finished corpus, shards or aligned folder, or a URL of one")],
+    sample: Annotated[int, typer.Option(help="documents of shards that are scored again; 0: none")] = 4,
+) -> None:
+    """Whether a folder holds what it says: checksums, counts, probabilities, and a sample scored again."""
+    from cdm.text_view import print_facts
+    from cdm.verification import verify_folder
+
+    try:
+        found = verify_folder(path.rstrip("/"), sample=sample)
+    except (ValueError, OSError) as error:
+        fail(str(error), 1)
+        raise
+    print_facts(f"{'WRONG' if found.faults else 'right'}: {path}", found.checked)
+    if found.faults:
+        more = len(found.faults) - SHOWN_FAULTS
+        fail("\n".join(found.faults[:SHOWN_FAULTS] + ([f"... and {more} more"] if more > 0 else [])), 1)
 
 
 @app.command("config")

@@ -20,6 +20,7 @@ from cdm.config_errors import ConfigError, apply_override, describe
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Split = Annotated[float, Field(gt=0, lt=1)]
+Mass = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Strict(BaseModel):
@@ -227,6 +228,7 @@ AnyEngine = Annotated[VllmEngine | TransformersEngine, Field(discriminator="type
 class Teacher(TakesModel):
     engine: AnyEngine = Field(default_factory=lambda: VllmEngine(type="vllm"))
     top_k: Positive = 100
+    top_mass: Mass | None = Field(None, description="keep no more of the top k than hold this mass, at least 8 ids")
     max_length: Positive = Field(2_048, description="tokens of prompt and response; longer responses are cut")
     max_quarantined_share: Share = Field(0.01, description="more that cannot be scored fail the job")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="w_k of this teacher's KD term")

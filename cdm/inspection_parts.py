@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +129,8 @@ def _show_shards(opened: _Opened, rows: int) -> None:
     name = opened.names[0]
     footer = shards.read_footer(opened.folder, name)
     documents = shards.read_scores(opened.folder, name)
-    if opened.manifest is not None and opened.manifest.meta["tokens"]:
-        console.print(f"bytes a token: {opened.manifest.bytes / opened.manifest.meta['tokens']:,.1f}")
+    if footer.tokens:
+        _show_bytes(opened.folder, name, footer.tokens)
     if documents:
         _show_mass(name, documents)
     for document_id, reason in footer.quarantined[:rows]:
@@ -138,6 +139,16 @@ def _show_shards(opened: _Opened, rows: int) -> None:
     texts = _responses(opened.folder, footer.identity.get("corpus"), name)
     for document in documents[:rows]:
         _show_scores(document, tokenizer, texts.get(document.id))
+
+
+def _show_bytes(folder: str, name: str, tokens: int) -> None:
+    """Where the bytes of a part are."""
+    columns = {column: size / tokens for column, size in shards.column_bytes(folder, name).items()}
+    ids, logp = (columns[f"{kind}_t"] + columns[f"{kind}_more_t"] for kind in ("topk_ids", "topk_logp"))
+    rest = sum(columns.values()) - ids - logp
+    console.print(
+        f"bytes a token: {ids + logp + rest:,.1f} (top-k ids {ids:.1f}, log-probabilities {logp:.1f}, rest {rest:.1f})"
+    )
 
 
 def _show_mass(name: str, documents: list[ScoredDocument]) -> None:
@@ -154,6 +165,8 @@ def _show_mass(name: str, documents: list[ScoredDocument]) -> None:
         cells = [values.mean(), *np.percentile(values, (50, 90, 99))]
         table.add_row(label, *(f"{cell:.4f}" for cell in cells))
     console.print(table)
+    kept = np.concatenate([(d.topk_ids_t >= 0).sum(1) for d in documents])
+    console.print(f"ids kept a row: {kept.mean():.1f} in the mean, {kept.min()} to {kept.max()}")
     console.print(f"the text's token is the best in {first.mean():.1%} of the rows, in the top k in {own.mean():.1%}")
 
 
@@ -187,7 +200,9 @@ def _until(text: str, ends: np.ndarray) -> str:
 
 def _best(document: ScoredDocument, n: int, tokenizer: Tokenizer | None) -> Text:
     line = Text()
-    for token_id, logp in zip(document.topk_ids_t[n, :BEST_SHOWN], document.topk_logp_t[n, :BEST_SHOWN], strict=True):
+    kept = document.topk_ids_t[n] >= 0
+    best = zip(document.topk_ids_t[n, kept], document.topk_logp_t[n, kept], strict=True)
+    for token_id, logp in islice(best, BEST_SHOWN):
         style = "bold green" if token_id == document.ids_t[n] else ""
         line.append(_spelled(tokenizer, int(token_id)), style).append(f" {np.exp(np.float32(logp)):.3f}  ", "dim")
     return line
@@ -207,11 +222,11 @@ def _teacher_tokenizer(folder: str, identity: Mapping[str, Any]) -> Tokenizer | 
     from cdm.tokenizers import load_tokenizer  # a second or more, and most folders can be shown without
 
     name, wanted = identity["teacher"], identity["tokenizer_t"]
-    beside = [path for stage in ("models", "students") for path in folders_in(_beside(folder, stage))]
     named = identity["teacher_identity"].removeprefix(f"{name}@")
     revision = named if named != identity["teacher_identity"] else None
     reason = f"{name} has another tokenizer now"
-    for candidate in [*(p for p in beside if PurePosixPath(p).name.startswith(PurePosixPath(name).name)), name]:
+    beside = (path for path in models_beside(folder) if PurePosixPath(path).name.startswith(PurePosixPath(name).name))
+    for candidate in [*beside, name]:
         try:
             tokenizer = load_tokenizer(candidate, revision=revision if candidate == name else None)
         except ValueError as error:
@@ -278,12 +293,12 @@ def _draw(k: int, tokens_s: list[str], tokens_t: list[str], alignment: Alignment
 
 
 def _scores(folder: str, fingerprint: str, name: str) -> list[ScoredDocument] | None:
-    found = _by_fingerprint(folder, "shards", fingerprint)
+    found = folder_by_fingerprint(folder, "shards", fingerprint)
     return None if found is None else shards.read_scores(found, name)
 
 
 def _documents(folder: str, fingerprint: str | None, name: str) -> dict[str, Document]:
-    found = None if fingerprint is None else _by_fingerprint(folder, "corpus", fingerprint)
+    found = None if fingerprint is None else folder_by_fingerprint(folder, "corpus", fingerprint)
     return {} if found is None else {document.id: document for document in read_documents(found, name)}
 
 
@@ -298,7 +313,7 @@ SHOW: dict[str, Callable[[_Opened, int], None]] = {
 }
 
 
-def _by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
+def folder_by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
     """The finished folder of another stage of the same storage folder; says so where there is none."""
     where = _beside(folder, stage)
     for candidate in folders_in(where):
@@ -308,6 +323,11 @@ def _by_fingerprint(folder: str, stage: str, fingerprint: str) -> str | None:
         Text(f"no {stage} folder with fingerprint {fingerprint[:12]}… in {where}: texts are left out", "yellow")
     )
     return None
+
+
+def models_beside(folder: str) -> list[str]:
+    """The models of the storage folder that a stage's folder is in."""
+    return [path for stage in ("models", "students") for path in folders_in(_beside(folder, stage))]
 
 
 def _beside(folder: str, stage: str) -> str:

@@ -97,7 +97,10 @@ def _student_means(logits_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _teacher_means(teacher: TeacherRows) -> tuple[Tensor, Tensor]:
-    """Log-probabilities averaged over each group's rows: the union's best K. An absent id is at its row's smallest."""
+    """Log-probabilities averaged over each group's rows: the union's best K, the rest as padding.
+
+    An id that a row lacks is at that row's smallest.
+    """
     start, end = teacher.groups_t[:, 0], teacher.groups_t[:, 1]
     longest = int((end - start).max())
     rows = start[:, None] + torch.arange(longest, device=start.device)
@@ -107,14 +110,14 @@ def _teacher_means(teacher: TeacherRows) -> tuple[Tensor, Tensor]:
     least = torch.where(torch.isneginf(logp), torch.inf, logp).amin(2, keepdim=True)
     extra = torch.where(valid[:, :, None], logp.maximum(least) - least, 0.0).flatten(1)
     base = torch.where(valid, least[:, :, 0], 0.0).sum(1)
-    ids, order = torch.where(valid[:, :, None], ids, torch.iinfo(ids.dtype).max).flatten(1).sort(1)
+    ids, order = torch.where(valid[:, :, None] & (ids >= 0), ids, torch.iinfo(ids.dtype).max).flatten(1).sort(1)
     leads = ids < torch.iinfo(ids.dtype).max
     leads[:, 1:] &= ids[:, 1:] != ids[:, :-1]
     segment = leads.long().cumsum(1).sub_(1).clamp_min_(0)
     total = torch.zeros_like(extra).scatter_add(1, segment, extra.gather(1, order)).gather(1, segment)
     means = ((base[:, None] + total) / (end - start)[:, None]).masked_fill(~leads, -torch.inf)
     logp, best = means.topk(teacher.topk_ids_t.shape[1])
-    return ids.gather(1, best), logp
+    return ids.gather(1, best).masked_fill(torch.isneginf(logp), -1), logp
 
 
 def output(

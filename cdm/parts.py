@@ -1,7 +1,8 @@
 """A directory of Parquet parts with a manifest written last, on a local path or any fsspec URL (layer 1, no torch).
 
 A part is written under a temporary name, fsynced and renamed (an object store's put is atomic by itself), and a table
-written twice is the same file byte for byte. `manifest.json` appears last: its existence means that the stage is done.
+written twice is the same file byte for byte. `parts.parquet`, a row a part, stays small and quick at a million parts.
+`manifest.json` appears last: its existence means that the stage is done.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, BinaryIO
 
 import fsspec
@@ -21,7 +23,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+PARTS = "parts.parquet"
+SCHEMA_VERSION = 2
+_PARTS = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64()), ("sha256", pa.binary(32))])
 _TEMPORARY = ".tmp"
 _CHUNK = 1 << 20
 _THREADS = 8  # checksums are bound by the disk or the network, not by Python
@@ -41,7 +45,7 @@ class Part:
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
     """What a finished folder holds. `kind` is the stage (corpus, shards, aligned), `meta` plain JSON values."""
 
@@ -70,10 +74,13 @@ class Manifest:
 
     def part(self, name: str) -> Part:
         """The part of that name. Raises ValueError where the manifest lists none."""
-        for part in self.parts:
-            if part.name == name:
-                return part
-        raise ValueError(f"{name}: not in this {self.kind} manifest of {len(self.parts)} parts")
+        if name not in self._by_name:
+            raise ValueError(f"{name}: not in this {self.kind} manifest of {len(self.parts)} parts")
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Part]:
+        return {part.name: part for part in self.parts}
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
@@ -96,22 +103,23 @@ def write_part(
     left under `name` then.
     """
     _check_name(name)
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table.combine_chunks(),  # page bounds follow the chunks, which are no part of a table's value
-        sink,
+    data = _parquet(
+        table,
         row_group_size=row_group_size,
-        version="2.6",
-        data_page_version="1.0",
-        compression="zstd",
         compression_level=compression_level,
         use_dictionary=use_dictionary if isinstance(use_dictionary, bool) else list(use_dictionary),
         column_encoding=dict(column_encoding) if column_encoding else None,
-        write_statistics=True,
     )
-    data = sink.getvalue()
     write_bytes(folder, name, memoryview(data))
     return Part(name, table.num_rows, data.size, hashlib.sha256(data).hexdigest())
+
+
+def _parquet(table: pa.Table, **options: Any) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    whole = table.combine_chunks()  # page bounds follow the chunks, which are no part of a table's value
+    fixed = {"version": "2.6", "data_page_version": "1.0", "compression": "zstd", "write_statistics": False}
+    pq.write_table(whole, sink, **fixed, **options)
+    return sink.getvalue()
 
 
 def write_bytes(folder: str, name: str, data: bytes | memoryview) -> None:
@@ -138,7 +146,7 @@ def write_bytes(folder: str, name: str, data: bytes | memoryview) -> None:
 def finish(
     folder: str, meta: dict[str, Any], *, kind: str, names: Sequence[str] | None = None, written: Iterable[Part] = ()
 ) -> Manifest:
-    """Write the manifest, which ends a stage, and remove what killed writers left behind.
+    """Write the table of parts, then the manifest, which ends a stage; remove what killed writers left behind.
 
     `names` are the parts that belong to the folder, in order (default: every part there, by name); `written` are parts
     whose checksum is known because this process just wrote them, the others are read. Raises ValueError where a part is
@@ -155,17 +163,33 @@ def finish(
         known |= {part.name: part for part in read}
     manifest = Manifest(SCHEMA_VERSION, kind, json.loads(_canonical(meta)), tuple(known[name] for name in names))
     _remove_temporaries(folder)
-    text = json.dumps(asdict(manifest), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    write_bytes(folder, MANIFEST, text.encode())
+    write_manifest(folder, manifest)
     return manifest
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """`parts.parquet`, then `manifest.json` with its checksum, which ties one to the other."""
+    parts = manifest.parts
+    columns = [[part.name for part in parts], [part.rows for part in parts], [part.bytes for part in parts]]
+    columns.append([bytes.fromhex(part.sha256) for part in parts])
+    table = pa.Table.from_pydict(dict(zip(_PARTS.names, columns, strict=True)), schema=_PARTS)
+    data = _parquet(table, compression_level=3, use_dictionary=False)
+    write_bytes(folder, PARTS, memoryview(data))
+    about = {"schema_version": manifest.schema_version, "kind": manifest.kind, "meta": manifest.meta}
+    about |= {"parts": len(parts), "rows": manifest.rows, "bytes": manifest.bytes}
+    about["parts_sha256"] = hashlib.sha256(data).hexdigest()
+    write_bytes(folder, MANIFEST, (json.dumps(about, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 def list_parts(folder: str) -> list[str]:
-    """The names of the parts in a folder, sorted; empty where there is no such folder. Temporary files are no parts."""
-    return sorted(name for name in _names(folder) if name.endswith(".parquet") and not name.startswith("."))
+    """The names of the parts in a folder, sorted; empty where there is no such folder.
+
+    Temporary files are no parts, nor is the table of parts.
+    """
+    return sorted(n for n in _names(folder) if n.endswith(".parquet") and not n.startswith(".") and n != PARTS)
 
 
 def part_exists(folder: str, name: str) -> bool:
@@ -199,20 +223,34 @@ def read_manifest(folder: str, expect: Mapping[str, Any] | None = None) -> Manif
     with _open(folder, MANIFEST) as file:
         text = file.read()
     try:
-        fields = json.loads(text)
-        version = fields["schema_version"]
-        parts = tuple(Part(**part) for part in fields["parts"])
-        manifest = Manifest(version, fields["kind"], fields["meta"], parts)
+        about = json.loads(text)
+        version = about["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder}: schema_version is {version}, this version reads {SCHEMA_VERSION}; rerun the stage"
+            )
+        manifest = Manifest(version, about["kind"], about["meta"], _read_parts(folder, about["parts_sha256"]))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}/{MANIFEST}: not a manifest ({error!r}); remove it and rerun the stage") from error
-    if version != SCHEMA_VERSION:
-        raise ValueError(f"{folder}: schema_version is {version}, this version reads {SCHEMA_VERSION}; rerun the stage")
     found = {"kind": manifest.kind, **manifest.meta}
     for key, wanted in json.loads(_canonical(expect)).items():
         if key not in found or found[key] != wanted:
             shown = repr(found[key]) if key in found else "absent"
             raise ValueError(f"{folder}: {key} is {shown}, expected {wanted!r}; rerun the stage or name another folder")
     return manifest
+
+
+def _read_parts(folder: str, checksum: str) -> tuple[Part, ...]:
+    """The table of parts. Raises ValueError where it is missing or not the one that the manifest was written with."""
+    with _open(folder, PARTS) as file:
+        data = file.read()
+    found = hashlib.sha256(data).hexdigest()
+    if found != checksum:
+        raise ValueError(
+            f"{folder}/{PARTS}: sha256 is {found}, the manifest says {checksum}; remove {MANIFEST} and rerun the stage"
+        )
+    names, rows, sizes, sums = (column.to_pylist() for column in pq.read_table(pa.BufferReader(data)).columns)
+    return tuple(map(Part, names, rows, sizes, map(bytes.hex, sums)))
 
 
 def read_part(folder: str, name: str, columns: Sequence[str] | None = None, *, expect: Part | None = None) -> pa.Table:
@@ -250,14 +288,26 @@ def open_part(folder: str, name: str, *, expect: Part | None = None) -> pq.Parqu
         raise ValueError(f"{folder}/{name}: no whole Parquet file ({size} bytes): {error}") from error
 
 
+def check_parts(folder: str, manifest: Manifest) -> Iterator[tuple[Part, str | None]]:
+    """Each part, and how its file differs from the manifest; None where it does not."""
+
+    def fault(part: Part) -> str | None:
+        try:
+            _compare(folder, part, *_checksum(folder, part.name))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        yield from zip(manifest.parts, pool.map(fault, manifest.parts), strict=True)
+
+
 def verify(folder: str) -> Manifest:
     """Read every part and compare size and checksum with the manifest. Raises ValueError naming the first to differ."""
     manifest = read_manifest(folder)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for part, (size, checksum) in zip(
-            manifest.parts, pool.map(lambda part: _checksum(folder, part.name), manifest.parts), strict=True
-        ):
-            _compare(folder, part, size, checksum)
+    for _, fault in check_parts(folder, manifest):
+        if fault is not None:
+            raise ValueError(fault)
     return manifest
 
 
@@ -285,8 +335,8 @@ def _canonical(value: Any) -> bytes:
 
 
 def _check_name(name: str) -> None:
-    if not name.endswith(".parquet") or name.startswith(".") or "/" in name:
-        raise ValueError(f"{name}: a part's name ends with .parquet and has neither a slash nor a leading dot")
+    if not name.endswith(".parquet") or name.startswith(".") or "/" in name or name == PARTS:
+        raise ValueError(f"{name}: a part's name ends with .parquet, has no slash, no leading dot, and is not {PARTS}")
 
 
 def _remote(folder: str) -> tuple[fsspec.AbstractFileSystem, str]:

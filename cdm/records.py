@@ -37,7 +37,8 @@ class ScoredDocument:
     """The teacher's view of one response, its end-of-turn token included unless `truncated`.
 
     ids_t [N] int32, ends_t [N] int32 (bytes), logp_t [N] float32 (the token's own), entropy_t [N] float32 (nats),
-    tail_t [N] float32 (mass outside the top k), topk_ids_t [N, K] int32 best first, topk_logp_t [N, K] float16.
+    tail_t [N] float32 (mass outside what is kept), topk_ids_t [N, K] int32 best first, topk_logp_t [N, K] float16. A
+    row of which fewer than K are kept ends in padding: id -1, log-probability -inf.
     """
 
     id: str
@@ -64,7 +65,8 @@ class TeacherRows:
     """One teacher's part of a batch: its response rows, flat over the documents, and the groups that pair them.
 
     groups_s, groups_t [G, 2] int64: half-open ranges of response rows (of `AlignedBatch.rows_s`, of the rows below).
-    ids_t [R_t] int64, logp_t [R_t] float32, topk_ids_t [R_t, K] int64, topk_logp_t [R_t, K] float32.
+    ids_t [R_t] int64, logp_t [R_t] float32, topk_ids_t [R_t, K] int64, topk_logp_t [R_t, K] float32, with padding (id
+    -1, log-probability -inf) at the end of rows of which fewer than K are kept.
     """
 
     groups_s: torch.Tensor

@@ -11,22 +11,33 @@ from typing import Any
 
 import numpy as np
 
+from cdm.codec import PADDING_ID, PADDING_LOGP
 from cdm.engines import ENGINES, Engine, TokenRows
 from cdm.records import Document, ScoredDocument
 from cdm.tokenizers import Tokenizer, check_lossless, load_tokenizer
+
+LEAST_KEPT = 8  # ids of a row, whatever mass the first of them hold
 
 
 class TeacherScorer:
     """A plain callable around one engine; nothing of Ray in it.
 
     model is a folder or a hub name; engine is {"type": "vllm" | "transformers", and that engine's options};
-    max_length counts tokens of prompt, response and end of turn.
+    max_length counts tokens of prompt, response and end of turn; with top_mass a row keeps the smallest prefix of its
+    top k that holds this mass, at least LEAST_KEPT.
 
     Raises ValueError when the tokenizer is lossy, top_k exceeds the vocabulary or max_length the model's context.
     """
 
     def __init__(
-        self, model: str, *, revision: str | None = None, engine: Mapping[str, Any], top_k: int, max_length: int
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        engine: Mapping[str, Any],
+        top_k: int,
+        top_mass: float | None = None,
+        max_length: int,
     ) -> None:
         options = dict(engine)
         kind = options.pop("type")
@@ -35,7 +46,7 @@ class TeacherScorer:
         self.tokenizer = load_tokenizer(model, revision=revision)
         check_lossless(self.tokenizer)
         check_limits(model, revision, top_k, max_length)
-        self.max_length = max_length
+        self.max_length, self.top_mass = max_length, top_mass
         self.engine: Engine = ENGINES[kind](model, revision=revision, top_k=top_k, max_length=max_length, **options)
 
     def score(self, documents: Sequence[Document]) -> tuple[list[ScoredDocument], list[tuple[str, str]]]:
@@ -55,7 +66,7 @@ class TeacherScorer:
                 tokens = len(one.prompt_ids) + len(one.ids)
                 quarantined.append((one.id, f"its {tokens} tokens do not fit in memory, even alone"))
             elif np.isfinite(rows.entropy).all() and np.isfinite(rows.logp).all():
-                scored.append(_scored(one, rows))
+                scored.append(_scored(one, rows, self.top_mass))
             else:
                 quarantined.append((one.id, "the teacher's logits are not finite"))
         return scored, quarantined
@@ -137,9 +148,24 @@ def _cut(text: str, ends: np.ndarray) -> str:
     return ""
 
 
-def _scored(one: Rendered, rows: TokenRows) -> ScoredDocument:
+def _scored(one: Rendered, rows: TokenRows, top_mass: float | None) -> ScoredDocument:
     # Rounding to float16 is monotonic: best-first order never turns into an increase.
     topk_logp = rows.topk_logp.astype(np.float16)
-    return ScoredDocument(
-        one.id, one.truncated, one.ids, one.ends, rows.logp, rows.entropy, rows.tail, rows.topk_ids, topk_logp
-    )
+    topk_ids, tail = rows.topk_ids, rows.tail
+    if top_mass is not None:
+        topk_ids, topk_logp, tail = keep_mass(topk_ids, topk_logp, tail, top_mass)
+    return ScoredDocument(one.id, one.truncated, one.ids, one.ends, rows.logp, rows.entropy, tail, topk_ids, topk_logp)
+
+
+def keep_mass(
+    topk_ids: np.ndarray, topk_logp: np.ndarray, tail: np.ndarray, top_mass: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each row's smallest prefix that holds `top_mass`, at least LEAST_KEPT ids; all K where they hold less.
+
+    [N, K], [N, K], [N] as in ScoredDocument: what is dropped becomes padding, and its mass part of the tail.
+    """
+    mass = np.exp(topk_logp.astype(np.float64))
+    before = np.cumsum(mass, axis=1) - mass
+    gone = (before >= top_mass) & (np.arange(mass.shape[1]) >= LEAST_KEPT)
+    tail = tail + np.where(gone, mass, 0.0).sum(1).astype(np.float32)
+    return np.where(gone, np.int32(PADDING_ID), topk_ids), np.where(gone, PADDING_LOGP, topk_logp), tail

@@ -80,6 +80,7 @@ def shards_identity(teacher: Teacher, model_path: str, model_identity: str, corp
         "dtype": teacher.engine.dtype,
         "entropy": "exact",
         "k": teacher.top_k,
+        "top_mass": teacher.top_mass,
         "max_length": teacher.max_length,
         "corpus": corpus_fingerprint,
     }
@@ -176,6 +177,7 @@ def _scorer_arguments(teacher: Teacher, model_path: str) -> dict[str, Any]:
         "revision": _revision(teacher),
         "engine": teacher.engine.model_dump(),
         "top_k": teacher.top_k,
+        "top_mass": teacher.top_mass,
         "max_length": teacher.max_length,
     }
 

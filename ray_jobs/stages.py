@@ -39,7 +39,7 @@ from ray_jobs.generate import generate, generation_identity
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
-FORMAT = 1  # part of every identity: raised when the same request no longer gives the same bytes
+FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
 
 
 BEFORE = "student before"
@@ -191,7 +191,7 @@ class Pipeline:
 
     def _scored(self, section: Teacher, model: Model) -> str:
         engine = section.engine
-        asked = (model.identity, engine.type, engine.dtype, section.top_k, section.max_length)
+        asked = (model.identity, engine.type, engine.dtype, section.top_k, section.top_mass, section.max_length)
         identity = short(asked, self.corpus_manifest.fingerprint)
         folder = self.folder("shards", f"{Path(model.name).name}-{identity}")
         if parts.is_finished(folder):

@@ -16,13 +16,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config")
-CORE = ("parts", "top_k", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
+CORE = ("parts", "top_k", "codec", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
     *("batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
-    *("text_view", "inspection_parts", "inspection"),
+    *("text_view", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.

@@ -195,6 +195,63 @@ def test_a_batch_without_groups_is_zero_and_in_the_graph(method: str, options: d
     assert out.total.item() == 0 and out.groups == 0 and (batch["logits_s"].grad == 0).all()
 
 
+# --- rows of which the teacher kept fewer than K end in padding ------------------------------------------------------
+
+
+def padded(teacher: TeacherRows, kept: torch.Tensor, width: int) -> TeacherRows:
+    """The best `kept` [R] ids of each row, in `width` columns."""
+    more = width - teacher.topk_ids_t.shape[1]
+    gone = torch.arange(width) >= kept[:, None]
+    ids = torch.nn.functional.pad(teacher.topk_ids_t, (0, more)).masked_fill(gone, -1)
+    logp = torch.nn.functional.pad(teacher.topk_logp_t, (0, more)).masked_fill(gone, -torch.inf)
+    return replace(teacher, topk_ids_t=ids, topk_logp_t=logp)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_of_padding_change_nothing(method: str, vocab_map: VocabMap) -> None:
+    batch = collate(documents(method))
+    rows = len(batch["teacher"].ids_t)
+    wide = batch | {"teacher": padded(batch["teacher"], torch.full((rows,), K), K + 3)}
+    wanted, found = run(method, batch, vocab_map), run(method, wide, vocab_map)
+    assert found.total.item() == pytest.approx(wanted.total.item(), rel=1e-12)
+    assert {name: value.item() for name, value in found.metrics.items()} == pytest.approx(
+        {name: value.item() for name, value in wanted.metrics.items()}
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_with_fewer_ids_counts_as_it_would_alone(method: str, vocab_map: VocabMap) -> None:
+    each, total = documents(method), 0.0
+    for kept, one in zip((2, 4, K), each, strict=True):
+        rows = one["teacher"]
+        short = replace(rows, topk_ids_t=rows.topk_ids_t[:, :kept], topk_logp_t=rows.topk_logp_t[:, :kept])
+        total += run(method, one | {"teacher": short}, vocab_map).total.item()
+        one["teacher"] = padded(rows, torch.full((len(rows.ids_t),), kept), K)
+    assert run(method, collate(each), vocab_map).total.item() == pytest.approx(total, rel=1e-12)
+
+
+@EVERY
+def test_padding_leaves_a_finite_gradient_and_no_divergence_of_equals(
+    method: str, options: dict, vocab_map: VocabMap
+) -> None:
+    batch = collate(documents(method))
+    rows = batch["teacher"]
+    batch["teacher"] = padded(rows, torch.arange(len(rows.ids_t)) % K + 1, K)
+    batch["logits_s"].requires_grad_()
+    run(method, batch, vocab_map, **options).total.backward()
+    assert batch["logits_s"].grad.abs().sum() > 0 and batch["logits_s"].grad.isfinite().all()
+    equal = document(7, [(1, 1)] * 6)
+    logp = equal["logits_s"].log_softmax(-1)
+    best, ids = logp.topk(K)
+    own = logp.gather(1, equal["targets_s"][:, None])[:, 0]
+    teacher = replace(equal["teacher"], ids_t=equal["targets_s"], logp_t=own, topk_ids_t=ids, topk_logp_t=best)
+    equal["teacher"] = padded(teacher, torch.tensor([1, 2, 3, 4, 5, 6]), K)
+    wide = vocabulary(*WORDS, *STUDENT.pieces[12:], b"p1", b"p2")
+    for tau in temperatures(method):
+        out = run(method, equal, build_vocab_map(wide, wide), **options, **tau)
+        assert out.total.item() == pytest.approx(0.0, abs=1e-9)
+
+
 # --- by hand: the student has (0.5, 0.3, 0.2), the teacher's top two are 0.6 and 0.2 ---------------------------------
 
 KL = 0.6 * math.log(0.6 / 0.5) + 0.2 * math.log(0.2 / 0.3)

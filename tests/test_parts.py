@@ -146,7 +146,7 @@ def test_a_broken_manifest_or_another_schema_is_refused(tmp_path: Path) -> None:
     file = tmp_path / parts.MANIFEST
     fields = json.loads(file.read_text())
     file.write_text(json.dumps(fields | {"schema_version": 99}))
-    with pytest.raises(ValueError, match="schema_version is 99, this version reads 1"):
+    with pytest.raises(ValueError, match="schema_version is 99, this version reads 2"):
         parts.read_manifest(str(tmp_path))
     file.write_text(json.dumps(fields)[:40])
     with pytest.raises(ValueError, match="not a manifest"):
@@ -199,4 +199,4 @@ def test_kill_9_leaves_no_part_and_the_next_run_cleans_up(tmp_path: Path, moment
     assert parts.missing_parts(str(tmp_path), ["a.parquet"]) == ["a.parquet"]
     parts.write_part(str(tmp_path), "a.parquet", _table())
     assert parts.finish(str(tmp_path), {}, kind="shards").names == ["a.parquet"]
-    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "manifest.json"]
+    assert sorted(os.listdir(tmp_path)) == ["a.parquet", "manifest.json", "parts.parquet"]

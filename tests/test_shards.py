@@ -16,16 +16,18 @@ IDENTITY = {"teacher": "t", "teacher_identity": "abc", "k": 5, "max_length": 64}
 NAME = "train-00000.parquet"
 
 
-def scored(n_documents: int, k: int = 5, seed: int = 0) -> list[ScoredDocument]:
+def scored(n_documents: int, k: int = 5, seed: int = 0, *, ragged: bool = False) -> list[ScoredDocument]:
     rng = np.random.default_rng(seed)
     out = []
     for i in range(n_documents):
         n = int(rng.integers(1, 40))
-        logp = np.sort(rng.normal(-5, 2, (n, k)).astype(np.float16), axis=1)[:, ::-1]
+        logp = -np.sort(rng.gamma(3, 2, (n, k)).astype(np.float16), axis=1)
         columns = [rng.random(n, np.float32) for _ in range(3)]
         ids, ends = rng.integers(0, 150_000, n).astype(np.int32), np.cumsum(rng.integers(0, 5, n)).astype(np.int32)
         topk_ids = rng.integers(0, 150_000, (n, k)).astype(np.int32)
-        out.append(ScoredDocument(f"d{i:03}", bool(i % 3 == 0), ids, ends, *columns, topk_ids, logp.copy()))
+        gone = np.arange(k) >= rng.integers(1, k + 1, n)[:, None] if ragged else np.zeros((n, k), bool)
+        topk_ids[gone], logp[gone] = -1, -np.inf
+        out.append(ScoredDocument(f"d{i:03}", bool(i % 3 == 0), ids, ends, *columns, topk_ids, logp))
     return out
 
 
@@ -44,10 +46,12 @@ def assert_equal(read: list[ScoredDocument], written: list[ScoredDocument]) -> N
 
 
 @settings(max_examples=20, deadline=None)
-@given(n=st.integers(0, 40), k=st.integers(1, 9), seed=st.integers(0, 99))
-def test_what_is_read_is_what_was_written(tmp_path_factory: pytest.TempPathFactory, n: int, k: int, seed: int) -> None:
+@given(n=st.integers(0, 40), k=st.integers(1, 9), seed=st.integers(0, 99), ragged=st.booleans())
+def test_what_is_read_is_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, n: int, k: int, seed: int, ragged: bool
+) -> None:
     folder = tmp_path_factory.mktemp("shards")
-    documents = scored(n, k, seed)
+    documents = scored(n, k, seed, ragged=ragged)
     write(folder, documents)
     assert_equal(shards.read_scores(str(folder), NAME), documents)
 
@@ -58,6 +62,17 @@ def test_row_groups_can_be_read_alone_and_in_any_order(tmp_path: Path) -> None:
     assert_equal(shards.read_scores(str(tmp_path), NAME, row_groups=[2, 0]), documents[32:] + documents[:16])
 
 
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_shards_live_at_any_url(tmp_path: Path, scheme: str) -> None:
+    folder = f"{scheme}://{tmp_path}/shards"
+    documents = scored(20, ragged=True)
+    part = write(folder, documents)
+    assert part == write(tmp_path / "local", documents)
+    manifest = shards.finish_shards(folder, [NAME], IDENTITY)
+    assert shards.open_shards(folder, IDENTITY) == manifest and parts.verify(folder).parts == (part,)
+    assert_equal(shards.read_scores(folder, NAME, row_groups=[1]), documents[16:])
+
+
 def test_a_part_written_twice_is_the_same_file(tmp_path: Path) -> None:
     first = write(tmp_path / "a", scored(20))
     second = write(tmp_path / "b", scored(20))
@@ -65,11 +80,11 @@ def test_a_part_written_twice_is_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "a" / NAME).read_bytes() == (tmp_path / "b" / NAME).read_bytes()
 
 
-def test_the_large_columns_are_split_by_byte(tmp_path: Path) -> None:
+def test_the_columns_of_numbers_are_split_by_byte(tmp_path: Path) -> None:
     write(tmp_path, scored(20))
     group = pq.read_metadata(tmp_path / NAME).row_group(0)
     columns = {group.column(i).path_in_schema.split(".")[0]: group.column(i) for i in range(group.num_columns)}
-    for name in ("topk_ids_t", "topk_logp_t", "entropy_t"):
+    for name in ("ids_t", "logp_t", "entropy_t"):
         assert "BYTE_STREAM_SPLIT" in columns[name].encodings and columns[name].compression == "ZSTD"
 
 
@@ -111,6 +126,15 @@ def test_an_unfinished_folder_and_a_truncated_part_are_refused(tmp_path: Path) -
 
 
 def test_another_parquet_file_is_no_shard(tmp_path: Path) -> None:
-    parts.write_part(str(tmp_path), NAME, shards.to_table(scored(2)))
+    parts.write_part(str(tmp_path), NAME, shards.to_table(scored(2)).replace_schema_metadata(None))
     with pytest.raises(ValueError, match="no scores of a teacher"):
         shards.read_footer(str(tmp_path), NAME)
+
+
+def test_another_schema_version_is_refused_with_both(tmp_path: Path) -> None:
+    table = shards.to_table(scored(2))
+    footer = {b"cdm.scores": b'{"schema_version": 1, "identity": {}, "tokens": 0, "truncated": 0, "quarantined": []}'}
+    parts.write_part(str(tmp_path), NAME, table.replace_schema_metadata(footer | table.schema.metadata))
+    for read in (shards.read_footer, shards.read_scores):
+        with pytest.raises(ValueError, match=f"{NAME}: schema_version is 1, this version reads 2"):
+            read(str(tmp_path), NAME)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from cdm.engines import BLOCK_ROWS, LOWEST_LOGP, RowBlocks, TransformersEngine, row_statistics
 from cdm.records import Document, Message, ScoredDocument
-from cdm.teacher import CannotScore, TeacherScorer, render
+from cdm.teacher import LEAST_KEPT, CannotScore, TeacherScorer, render
 from cdm.tokenizers import load_tokenizer
 from tests import tiny
 
@@ -114,6 +114,22 @@ def test_a_document_has_a_row_for_each_token_and_the_end_of_turn(scorer: Teacher
     assert wide.ids_t[-1] == end_of_turn
     assert wide.ends_t[-1] == wide.ends_t[-2] == len(tiny.documents(2)[1].response.encode())
     assert wide.topk_ids_t.shape == (len(wide.ids_t), TOP_K) and wide.topk_ids_t.dtype == np.int32
+
+
+def test_top_mass_keeps_the_shortest_prefix_that_holds_it(model: str, scorer: TeacherScorer) -> None:
+    short = TeacherScorer(model, engine=TRANSFORMERS, top_k=TOP_K, top_mass=0.6, max_length=MAX_LENGTH)
+    kept = []
+    for one, whole in zip(short(tiny.documents(12))[0], scorer(tiny.documents(12))[0], strict=True):
+        for row in range(len(one.ids_t)):
+            p = np.exp(whole.topk_logp_t[row].astype(np.float64))
+            n = next((n for n in range(LEAST_KEPT, TOP_K) if p[:n].sum() >= 0.6), TOP_K)
+            kept.append(n)
+            np.testing.assert_array_equal(one.topk_ids_t[row], [*whole.topk_ids_t[row, :n], *[-1] * (TOP_K - n)])
+            np.testing.assert_array_equal(one.topk_logp_t[row, :n], whole.topk_logp_t[row, :n])
+            assert np.isneginf(one.topk_logp_t[row, n:]).all()
+            assert one.tail_t[row] == pytest.approx(whole.tail_t[row] + p[n:].sum(), abs=1e-6)
+        np.testing.assert_array_equal(one.logp_t, whole.logp_t)
+    assert LEAST_KEPT in kept and TOP_K in kept and len(set(kept)) > 2
 
 
 def test_stored_rows_are_best_first_finite_and_leave_the_tail(scorer: TeacherScorer) -> None:
