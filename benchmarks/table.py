@@ -1,0 +1,30 @@
+"""What every benchmark prints: the machine, a table of figures, and one JSON object on the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def machine() -> str:
+    """The processor and how many cores of it this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else 'an unnamed processor'}"
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in plain text, all columns but the first to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(f"{title}\n")
+    for row in [columns, *rows]:
+        cells = zip(row, widths, strict=True)
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)))
+    print(flush=True)
+
+
+def finish(figures: Mapping[str, float]) -> None:
+    """The last line: all figures, to four digits, as one JSON object."""
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}))
