@@ -9,12 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-console = Console(width=120, highlight=False)
-
 
 def machine() -> str:
     """The processor and how many cores of it this process may use."""
@@ -43,12 +37,13 @@ def cpu_seconds(call: Callable[[], object], repetitions: int) -> float:
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    """A table in plain text, all columns but the first to the right."""
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(f"{title}\n")
+    for row in [columns, *rows]:
+        cells = zip(row, widths, strict=True)
+        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(cells)))
+    print(flush=True)
 
 
 def finish(figures: Mapping[str, float]) -> None:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from cdm import losses
-from cdm.pairs import Pairs, group_sums, need_map, nothing, output, pair_rows
+from cdm.pairs import group_sums, need_map, nothing, output, pair_rows
 from cdm.records import LossOutput, TeacherRows
+from cdm.rows import Logits, StudentRows, best_ids, student_rows, token_logp
 from cdm.vocab_map import VocabMap
 
 
 def uld(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None = None,
     *,
@@ -31,15 +32,16 @@ def uld(
 
     documents_s [R]: which document each student row belongs to. Rows beyond the shorter response are left out.
     """
+    student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
+        return nothing(student)
     rows_s, rows_t, _ = _by_position(teacher, documents_s)
-    log_p, log_q = _sorted_outcomes(logits_s, teacher, rows_s, rows_t, temperature)
+    log_p, log_q = _sorted_outcomes(student, teacher, rows_s, rows_t, temperature)
     return output((log_p.exp() - log_q.exp()).abs().sum(1), teacher)
 
 
 def multilevel_ot(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None = None,
     *,
@@ -56,10 +58,11 @@ def multilevel_ot(
     transport (regularisation `blur`, uniform margins) between all rows of the two responses at the same cost, debiased
     so that equal responses cost 0. documents_s [R]: which document each student row belongs to.
     """
+    student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
+        return nothing(student)
     rows_s, rows_t, lengths = _by_position(teacher, documents_s)
-    log_p, log_q = _sorted_outcomes(logits_s, teacher, rows_s, rows_t, temperature)
+    log_p, log_q = _sorted_outcomes(student, teacher, rows_s, rows_t, temperature)
     kd = (log_p.exp() - log_q.exp()).abs().sum(1) + log_weight * losses.forward_kl(log_p, log_q)
     blocks = zip(log_p.exp().split(lengths), log_q.exp().split(lengths), strict=True)
     sequences = torch.stack([_sinkhorn_divergence(p, q, blur, iterations) * len(p) for p, q in blocks])
@@ -67,7 +70,7 @@ def multilevel_ot(
 
 
 def min_edit(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None,
     *,
@@ -79,11 +82,12 @@ def min_edit(
     targets_s [R]: the student's own tokens, the one-hot targets. Give it groups of `dtw` without weights to follow the
     paper. The map is static: the exact image, else the nearest spelling of the whole vocabulary below the threshold.
     """
-    vocab_map = need_map("min_edit", logits_s, vocab_map)
+    student = student_rows(logits_s)
+    vocab_map = need_map("min_edit", student, vocab_map)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    pairs = pair_rows(logits_s, teacher, 0, "first", with_lse=True)
-    static = _static_map(vocab_map, logits_s.device)
+        return nothing(student)
+    pairs = pair_rows(student, teacher, 0, "first")
+    static = _static_map(vocab_map, pairs.ids_t.device)
     known = (pairs.ids_t >= 0) & (pairs.ids_t < len(static))
     target = torch.where(known, static[pairs.ids_t.clamp(0, len(static) - 1)], -1)
     z = pairs.pick(target.clamp_min(0))
@@ -101,12 +105,12 @@ def min_edit(
         dual=False,
     )
     single = _one_to_one(teacher)
-    nats = losses.row_logsumexp(logits_s) - logits_s.gather(1, targets_s[:, None]).squeeze(1)
+    nats = -token_logp(student, targets_s)
     return output(torch.where(single, moved.kd, group_sums(nats, teacher.groups_s)), teacher)
 
 
 def alm(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None = None,
     *,
@@ -119,9 +123,10 @@ def alm(
     """
     if not scale > 0:
         raise ValueError(f"scale {scale} must be above 0")
+    student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    logp_s = logits_s.gather(1, targets_s[:, None]).squeeze(1) - losses.row_logsumexp(logits_s)
+        return nothing(student)
+    logp_s = token_logp(student, targets_s)
     sides = []
     for logp, groups in ((teacher.logp_t.detach(), teacher.groups_t), (logp_s, teacher.groups_s)):
         text = (group_sums(logp, groups) / scale).clamp_max(-1e-7)
@@ -130,7 +135,7 @@ def alm(
 
 
 def gold(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None,
     *,
@@ -142,10 +147,11 @@ def gold(
     Source: the hybrid ULD loss of GOLD in Hugging Face TRL. The weight is the share of the teacher's vocabulary with an
     exact image; what is sorted are the unshared ids among each side's best, as many as the teacher kept in that row.
     """
-    vocab_map = need_map("gold", logits_s, vocab_map)
+    student = student_rows(logits_s)
+    vocab_map = need_map("gold", student, vocab_map)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    pairs = pair_rows(logits_s, teacher, teacher.topk_ids_t.shape[1], "first", with_lse=True)
+        return nothing(student)
+    pairs = pair_rows(student, teacher, teacher.topk_ids_t.shape[1], "first")
     image = vocab_map.images(pairs.ids_t)
     shared = image >= 0
     log_p, log_q = losses.topk_outcomes(pairs.pick(image.clamp_min(0)), pairs.lse, pairs.logp_t, shared, temperature)
@@ -162,7 +168,7 @@ def gold(
 
 
 def strict(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None,
     *,
@@ -174,11 +180,12 @@ def strict(
 
     Source: 2610.08448, the baseline to beat. An id that the teacher did not keep has no known mass and drops out.
     """
-    vocab_map = need_map("strict", logits_s, vocab_map)
+    student = student_rows(logits_s)
+    vocab_map = need_map("strict", student, vocab_map)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    pairs = pair_rows(logits_s, teacher, 0, "first", with_lse=False)
-    chosen = _best_shared(logits_s.detach()[pairs.rows], vocab_map, top_k)
+        return nothing(student)
+    pairs = pair_rows(student, teacher, 0, "first")
+    chosen = _best_shared(student.logits[pairs.rows], vocab_map, top_k)
     ids_t = vocab_map.reverse.images(chosen)
     same = (ids_t[:, :, None] == pairs.ids_t[:, None, :]) & (ids_t >= 0)[:, :, None]
     kept = same.any(2)
@@ -187,7 +194,8 @@ def strict(
     keep = kept & use[:, None]
     empty = ~use[:, None]
     log_p = torch.log_softmax(torch.where(empty, 0.0, (logp / temperature).masked_fill(~keep, -torch.inf)), -1)
-    z = pairs.pick(chosen).to(torch.promote_types(logits_s.dtype, torch.float32)) / temperature
+    z = pairs.pick(chosen)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) / temperature
     log_q = torch.log_softmax(torch.where(empty, 0.0, z.masked_fill(~keep, -torch.inf)), -1)
     divergence = losses.reverse_kl if reverse else losses.forward_kl
     kd = torch.where(use, temperature**2 * divergence(log_p, log_q), 0.0)
@@ -214,15 +222,15 @@ def _by_position(teacher: TeacherRows, documents_s: Tensor) -> tuple[Tensor, Ten
 
 
 def _sorted_outcomes(
-    logits_s: Tensor, teacher: TeacherRows, rows_s: Tensor, rows_t: Tensor, temperature: float
+    student: StudentRows, teacher: TeacherRows, rows_s: Tensor, rows_t: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities by rank, as many as the teacher kept, and the residual: [M, k + 1] of each side."""
-    k = min(teacher.topk_logp_t.shape[1], logits_s.shape[1])
-    best = logits_s.detach().topk(k).indices[rows_s]
-    lse = losses.row_logsumexp(logits_s)[rows_s]
-    pairs = Pairs(logits_s, rows_s, best, lse, best, teacher.topk_logp_t[rows_t, :k])
-    kept = ~torch.isneginf(pairs.logp_t)
-    return losses.topk_outcomes(pairs.pick(best), lse, pairs.logp_t, kept, temperature)
+    k = min(teacher.topk_logp_t.shape[1], student.logits.shape[1])
+    best = best_ids(student.logits, rows_s, k)
+    logp_t = teacher.topk_logp_t[rows_t, :k]
+    return losses.topk_outcomes(
+        student.pick(rows_s, best), student.lse[rows_s], logp_t, ~torch.isneginf(logp_t), temperature
+    )
 
 
 def _sinkhorn_divergence(p: Tensor, q: Tensor, blur: float, iterations: int) -> Tensor:
@@ -255,7 +263,8 @@ def _sorted_l1(a: Tensor, b: Tensor) -> Tensor:
 def _best_shared(logits: Tensor, vocab_map: VocabMap, top_k: int) -> Tensor:
     """The student's best ids among those with an exact image, [G, top_k]."""
     shared = vocab_map.reverse.images(torch.arange(logits.shape[1], device=logits.device)) >= 0
-    return logits.masked_fill(~shared, -torch.inf).topk(min(top_k, logits.shape[1])).indices
+    rows = torch.arange(len(logits), device=logits.device)
+    return best_ids(logits.masked_fill(~shared, -torch.inf), rows, top_k)
 
 
 @lru_cache(maxsize=16)

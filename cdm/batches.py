@@ -20,6 +20,7 @@ import torch
 from cdm import parts, shards
 from cdm.alignment import exact_bounds
 from cdm.corpus import read_documents
+from cdm.pieces import cuts
 from cdm.records import AlignedBatch, Alignment, ScoredDocument, TeacherRows
 from cdm.shards import ROW_GROUP_DOCUMENTS
 from cdm.tokenizers import Tokenizer
@@ -304,13 +305,14 @@ def collate(rows: Sequence[Row], *, top_k: int, targets: Literal["response", "al
         for b, row in enumerate(rows)
     ]
     rows_s = np.concatenate([*positions, np.zeros(0, np.int64)]).astype(np.int64)
-    teachers = len(rows[0].scores) if rows else 0
+    teachers = tuple(_teacher_rows(rows, k, top_k) for k in range(len(rows[0].scores) if rows else 0))
     return AlignedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(mask),
         torch.from_numpy(rows_s),
         torch.from_numpy(input_ids.reshape(-1)[rows_s + 1] if len(rows_s) else rows_s),
-        tuple(_teacher_rows(rows, k, top_k) for k in range(teachers)),
+        teachers,
+        cuts(len(rows_s), teachers),
     )
 
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from cdm.batches import AlignedData, Row, collate, micro_batches, token_bytes
 from cdm.corpus import read_documents
+from cdm.head import Sums
 from cdm.models import load_model
+from cdm.pieces import Piece
 from cdm.records import Document, EvalReport
-from cdm.student import StudentModel
+from cdm.rows import StudentRows, token_logp
+from cdm.step import StudentModel, to_device
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.vocab_map import exact_map
 
@@ -76,17 +79,12 @@ def evaluate_student(
         if not documents:
             continue
         batch = collate(documents, top_k=1)
-        logits = model(batch.input_ids.to(device), batch.attention_mask.to(device), batch.rows_s.to(device)).float()
         sizes = token_bytes(documents)
-        losses = functional.cross_entropy(logits, batch.targets_s.to(device), reduction="none")
-        nats += float(losses[torch.from_numpy(sizes > 0).to(device)].double().sum())
+        _, sums = model.read(to_device(batch, device), partial(_piece_sums, sizes=sizes, images=images))
+        nats += float(sums["nats"])
+        agreed += int(sums["agreed"])
+        shared += int(sums["shared"])
         size += int(sizes.sum())
-        teacher = batch.teachers[0]
-        best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0].numpy()
-        wanted = np.where(best_t < len(images), images[np.minimum(best_t, len(images) - 1)], -1)  # padded rows: none
-        best_s = logits.argmax(-1).cpu().numpy()[teacher.groups_s[:, 0].numpy()]
-        agreed += int((best_s == wanted).sum())
-        shared += int((wanted >= 0).sum())
     return EvalReport(
         name=name,
         bits_per_byte=nats / size / LN2,
@@ -97,6 +95,18 @@ def evaluate_student(
         seconds=time.perf_counter() - began,
         samples=tuple(_complete(inner, tokenizer_s, document, sample_tokens) for document in prompts),
     )
+
+
+def _piece_sums(rows: StudentRows, piece: Piece, sizes: np.ndarray, images: np.ndarray) -> tuple[torch.Tensor, Sums]:
+    """Nats of the tokens that have bytes, and how often the best next token is the first teacher's. sizes [R]."""
+    nats = -token_logp(rows, piece.targets_s).double()
+    teacher, device = piece.teachers[0], rows.logits.device
+    best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0].cpu().numpy()
+    wanted = np.where(best_t < len(images), images[np.minimum(best_t, len(images) - 1)], -1)  # padded rows: none
+    best_s = rows.logits.argmax(-1)[teacher.groups_s[:, 0]]
+    known = torch.from_numpy(wanted).to(device)
+    sums = {"nats": nats[torch.from_numpy(sizes[piece.start : piece.end] > 0).to(device)].sum()}
+    return nats.sum(), sums | {"agreed": (best_s == known).sum(), "shared": (known >= 0).sum()}
 
 
 def evaluate_teacher(name: str, rows: Sequence[Row]) -> EvalReport:

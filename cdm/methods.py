@@ -1,8 +1,8 @@
 """Named recipes: groups + vocabulary map + divergence. One function each, same inputs and outputs; the dict METHODS.
 
 Legend: R response rows of a batch, G groups, K top-k, V vocabulary; row r predicts token r. Every method takes the
-student's logits [R, V_s], one teacher's rows and the vocabulary map between them, and returns a sum over groups that
-the caller divides. The rules: docs/method.md, sections 2 to 5.
+student's rows (a tensor of logits [R, V_s], or whoever holds them), one teacher's rows and the vocabulary map between
+them, and returns a sum over groups that the caller divides. The rules: docs/method.md, sections 2 to 5.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from cdm.baselines import alm, gold, min_edit, multilevel_ot, strict, uld
 from cdm.losses import Directions, Tail
 from cdm.pairs import Pairs, need_map, nothing, output, pair_rows
 from cdm.records import LossOutput, TeacherRows
+from cdm.rows import Logits, student_rows
 from cdm.vocab_map import VocabMap
 
 Method = Callable[..., LossOutput]
 
 
 def cdm(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None,
     *,
@@ -37,12 +38,14 @@ def cdm(
     """Contextual dynamic mapping. Source: arXiv 2502.11104; docs/method.md, sections 2 to 4.
 
     top_k: live candidates on either side. rows: which rows stand for a group, its first or the mean of all.
-    Raises ValueError where nothing in the whole batch maps, naming the tokenizers.
+    Raises ValueError where nothing in the whole batch maps, naming the tokenizers; not on an accelerator, which would
+    be waited for: there the caller looks at the mass in the metrics once a step.
     """
-    vocab_map = need_map("cdm", logits_s, vocab_map)
+    student = student_rows(logits_s)
+    vocab_map = need_map("cdm", student, vocab_map)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    pairs = pair_rows(logits_s, teacher, top_k, rows, with_lse=tail == "residual")
+        return nothing(student)
+    pairs = pair_rows(student, teacher, top_k, rows)
     map_t_to_s = vocab_map.dynamic(pairs.ids_t, pairs.top_s)
     map_s_to_t = vocab_map.reverse.dynamic(pairs.top_s, pairs.ids_t)
     k = map_t_to_s.shape[1]
@@ -50,7 +53,7 @@ def cdm(
     both = losses.cdm_directions(
         z[:, :k],
         z[:, k:],
-        pairs.lse,
+        pairs.lse if tail == "residual" else None,
         pairs.logp_t,
         pairs.ids_t,
         map_t_to_s,
@@ -59,30 +62,30 @@ def cdm(
         tail=tail,
         dual=dual,
     )
-    if not bool((both.mapped1 | (both.mapped2 & dual)).any()):
+    if both.kd.device.type == "cpu" and not bool((both.mapped1 | (both.mapped2 & dual)).any()):
         raise ValueError(
-            f"nothing maps in a batch of {len(pairs.rows)} groups between teacher {vocab_map.name_t!r} and student "
+            f"nothing maps in a batch of {len(pairs.ids_t)} groups between teacher {vocab_map.name_t!r} and student "
             f"{vocab_map.name_s!r}: check that the shards and the student belong to these tokenizers"
         )
     return _cdm_output(both, pairs, teacher, vocab_map, map_t_to_s)
 
 
 def kl(
-    logits_s: Tensor, teacher: TeacherRows, vocab_map: VocabMap | None = None, *, temperature: float = 1.0
+    logits_s: Logits, teacher: TeacherRows, vocab_map: VocabMap | None = None, *, temperature: float = 1.0
 ) -> LossOutput:
     """KL(teacher || student) over the teacher's top-k and one residual outcome; same tokenizer. Source: Hinton 2015."""
     return _same_tokenizer(losses.forward_kl, logits_s, teacher, temperature)
 
 
 def reverse_kl(
-    logits_s: Tensor, teacher: TeacherRows, vocab_map: VocabMap | None = None, *, temperature: float = 1.0
+    logits_s: Logits, teacher: TeacherRows, vocab_map: VocabMap | None = None, *, temperature: float = 1.0
 ) -> LossOutput:
     """KL(student || teacher) over the teacher's top-k and one residual outcome. Source: GKD 2306.13649."""
     return _same_tokenizer(losses.reverse_kl, logits_s, teacher, temperature)
 
 
 def js(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None = None,
     *,
@@ -94,7 +97,7 @@ def js(
 
 
 def skew_kl(
-    logits_s: Tensor,
+    logits_s: Logits,
     teacher: TeacherRows,
     vocab_map: VocabMap | None = None,
     *,
@@ -106,13 +109,14 @@ def skew_kl(
 
 
 def _same_tokenizer(
-    divergence: Callable[..., Tensor], logits_s: Tensor, teacher: TeacherRows, temperature: float, **options: Any
+    divergence: Callable[..., Tensor], logits_s: Logits, teacher: TeacherRows, temperature: float, **options: Any
 ) -> LossOutput:
     """A divergence over top-k + residual; every group is one token on both sides, and ids mean the same."""
+    student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
-        return nothing(logits_s)
-    pairs = pair_rows(logits_s, teacher, 0, "first", with_lse=True)
-    size = logits_s.shape[1]
+        return nothing(student)
+    pairs = pair_rows(student, teacher, 0, "first")
+    size = student.logits.shape[1]
     known = (pairs.ids_t >= 0) & (pairs.ids_t < size)
     z = pairs.pick(pairs.ids_t.clamp(0, size - 1))
     log_p, log_q = losses.topk_outcomes(z, pairs.lse, pairs.logp_t, known, temperature)

@@ -11,65 +11,90 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cdm import losses
 from cdm.records import LossOutput, TeacherRows
+from cdm.rows import StudentRows, best_ids
 from cdm.vocab_map import VocabMap
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """One pair of distributions a group: the student's logits[rows], read through `pick`; the teacher's top-k [G, K].
+    """One pair of distributions a group: the student's, read through `pick` and `lse`, and the teacher's top-k [G, K].
 
-    lse [G] is the student's normaliser, so that z - lse are log-probabilities.
+    The student's is its row `rows` [G]; or, with `means`, the mean of the log-probabilities of the group's rows [L].
+    top_s [G, K']: the student's live best ids.
     """
 
-    logits: Tensor
+    student: StudentRows
     rows: Tensor
+    means: Means | None
     top_s: Tensor
-    lse: Tensor
     ids_t: Tensor
     logp_t: Tensor
 
     def pick(self, ids: Tensor) -> Tensor:
-        """Student logits at `ids` [G, M], without a copy of the rows."""
-        flat = self.rows[:, None] * self.logits.shape[1] + ids
-        return self.logits.reshape(-1).index_select(0, flat.reshape(-1)).view(ids.shape)
+        """Student logits at `ids` [G, M]."""
+        if self.means is None:
+            return self.student.pick(self.rows, ids)
+        return self.means(self.student.pick(self.rows, ids[self.means.of_row]))
+
+    @property
+    def lse(self) -> Tensor:
+        """The student's normaliser [G], so that z - lse are log-probabilities."""
+        lse = self.student.lse[self.rows]
+        return lse if self.means is None else self.means(lse)
 
 
-def need_map(method: str, logits_s: Tensor, vocab_map: VocabMap | None) -> VocabMap:
+@dataclass(frozen=True, slots=True)
+class Means:
+    """Means over the rows of each group: the group of each row `of_row` [L], its weight there `share` [L]."""
+
+    groups: int
+    of_row: Tensor
+    share: Tensor
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """[L, ...] -> [G, ...]."""
+        share = self.share.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        return values.new_zeros(self.groups, *values.shape[1:]).index_add(0, self.of_row, values * share)
+
+
+def need_map(method: str, student: StudentRows, vocab_map: VocabMap | None) -> VocabMap:
     if vocab_map is None:
         raise ValueError(f"method {method!r} needs a vocabulary map; for one shared tokenizer use 'kl'")
-    if len(vocab_map.inverse) > logits_s.shape[1]:
+    size = student.logits.shape[1]
+    if len(vocab_map.inverse) > size:
         raise ValueError(
-            f"the student has {logits_s.shape[1]} logits but its tokenizer {vocab_map.name_s!r} "
+            f"the student has {size} logits but its tokenizer {vocab_map.name_s!r} "
             f"{len(vocab_map.inverse)} ids: resize the embedding or give the model's own tokenizer"
         )
     return vocab_map
 
 
-def nothing(logits_s: Tensor) -> LossOutput:
+def nothing(student: StudentRows) -> LossOutput:
     """The output of a batch without groups: zero, and still part of the graph."""
-    return LossOutput(logits_s[:0].sum(), 0, {})
+    none = torch.zeros(0, dtype=torch.long, device=student.logits.device)
+    return LossOutput(student.pick(none, none[:, None]).sum(), 0, {})
 
 
-def pair_rows(
-    logits_s: Tensor, teacher: TeacherRows, top_k: int, rows: Literal["first", "mean"], *, with_lse: bool
-) -> Pairs:
+def pair_rows(student: StudentRows, teacher: TeacherRows, top_k: int, rows: Literal["first", "mean"]) -> Pairs:
     """The distributions that stand for the groups. top_k 0: no live candidates, and all of the teacher's."""
     if rows not in ("first", "mean"):
         raise ValueError(f"rows {rows!r}: choose 'first' or 'mean'")
     k_t = min(top_k or teacher.topk_ids_t.shape[1], teacher.topk_ids_t.shape[1])
+    means = None
     if rows == "mean":
-        logits, lse = _student_means(logits_s, teacher.groups_s)
-        at = torch.arange(len(logits), device=logits.device)
+        at, of_row = _rows(teacher.groups_s)
+        share = (1.0 / (teacher.groups_s[:, 1] - teacher.groups_s[:, 0]))[of_row]
+        means = Means(len(teacher.groups_s), of_row, share)
+        logits = means(student.logits[at])
+        top_s = best_ids(logits, torch.arange(len(logits), device=logits.device), top_k)
         ids_t, logp_t = _teacher_means(teacher)
     else:
-        logits, at = logits_s, teacher.groups_s[:, 0]
-        lse = losses.row_logsumexp(logits)[at] if with_lse else logits.new_zeros(len(at))
+        at = teacher.groups_s[:, 0]
+        top_s = best_ids(student.logits, at, top_k)
         first_t = teacher.groups_t[:, 0]
         ids_t, logp_t = teacher.topk_ids_t[first_t], teacher.topk_logp_t[first_t]
-    top_s = logits.detach().topk(min(top_k, logits.shape[1])).indices[at]
-    return Pairs(logits, at, top_s, lse, ids_t[:, :k_t], logp_t[:, :k_t].detach())
+    return Pairs(student, at, means, top_s, ids_t[:, :k_t], logp_t[:, :k_t].detach())
 
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:
@@ -84,16 +109,6 @@ def _rows(groups: Tensor) -> tuple[Tensor, Tensor]:
     of_row = torch.repeat_interleave(lengths)
     starts = torch.repeat_interleave(groups[:, 0] - (lengths.cumsum(0) - lengths), lengths)
     return starts + torch.arange(len(of_row), device=groups.device), of_row
-
-
-def _student_means(logits_s: Tensor, groups_s: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities averaged over each group's rows, as logits [G, V] and the normaliser [G] to take off."""
-    rows, of_row = _rows(groups_s)
-    share = (1.0 / (groups_s[:, 1] - groups_s[:, 0]))[of_row].to(logits_s.dtype)
-    out = logits_s.new_zeros(len(groups_s), logits_s.shape[1])
-    means = out.index_add(0, of_row, logits_s[rows] * share[:, None])
-    lse = losses.row_logsumexp(logits_s)[rows] * share
-    return means, lse.new_zeros(len(groups_s)).index_add(0, of_row, lse)
 
 
 def _teacher_means(teacher: TeacherRows) -> tuple[Tensor, Tensor]:

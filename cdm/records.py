@@ -82,7 +82,8 @@ class AlignedBatch:
     """What one student step reads.
 
     input_ids, attention_mask [B, N] int64; rows_s [R] int64: flat positions b * N + n of the logits that predict
-    targets_s [R] int64; one TeacherRows per teacher, in the config's order.
+    targets_s [R] int64; one TeacherRows per teacher, in the config's order; cuts [C, 1 + 2 T] int64, on the host: where
+    the rows may be divided (`cdm.pieces`).
     """
 
     input_ids: torch.Tensor
@@ -90,6 +91,7 @@ class AlignedBatch:
     rows_s: torch.Tensor
     targets_s: torch.Tensor
     teachers: tuple[TeacherRows, ...]
+    cuts: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
