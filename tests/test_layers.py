@@ -22,7 +22,7 @@ CORE = (
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "corpus", "models", "engines", "teacher", "shards"),
-    *("batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
+    *("grouping", "batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
     *("text_view", "inspection_parts", "inspection"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
