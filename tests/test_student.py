@@ -186,7 +186,7 @@ def single_tokens(batch: AlignedBatch) -> TeacherRows:
     groups = torch.stack([rows, rows + 1], 1)
     generator = torch.Generator().manual_seed(0)
     ids = torch.stack([torch.randperm(400, generator=generator)[:K] for _ in rows])
-    logp = torch.log_softmax(torch.randn(len(rows), K, generator=generator), 1) - 0.1
+    logp = torch.log_softmax(torch.randn(len(rows), K, generator=generator), 1).sort(1, descending=True).values - 0.1
     return TeacherRows(
         groups, groups, batch.targets_s, torch.zeros(len(rows)), ids, logp.sort(1, descending=True).values
     )
