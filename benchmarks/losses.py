@@ -190,7 +190,7 @@ def memory(rows: tuple[int, ...], v: int) -> dict[str, float]:
 def _peak(kind: str, rows: int, v: int) -> int:
     torch.set_num_threads(1)
     vocab_map = synthetic.vocabulary_map(v, v)
-    objective = Objective(0.5, (lambda z, t: METHODS["cdm"](z, t, vocab_map, top_k=K),), (1.0,))
+    objective = Objective(0.5, (lambda z, t, _: METHODS["cdm"](z, t, vocab_map, top_k=K),), (1.0,))
     head = torch.nn.Linear(HIDDEN, v, bias=False)
     _backward(kind, 8, head, objective)  # compiles the join
     hidden_and_batch = _inputs(rows, v)

@@ -82,7 +82,7 @@ def steps(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
     counts = Counts(len(batch.rows_s), (len(batch.teachers[0].groups_s),))
     objectives = {
         "sft": Objective(1.0, (), ()),
-        "cdm": Objective(0.5, (lambda z, t: METHODS["cdm"](z, t, vocab_map, top_k=shape.k),), (1.0,)),
+        "cdm": Objective(0.5, (lambda z, t, _: METHODS["cdm"](z, t, vocab_map, top_k=shape.k),), (1.0,)),
     }
     fused = {
         kind: lambda objective=objective: step(model, optimizer, [batch], objective, counts, max_grad_norm=1.0)

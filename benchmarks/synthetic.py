@@ -53,6 +53,7 @@ def batch(sequences: int, length: int, size_s: int, size_t: int, k: int, seed: i
     tokens = torch.randint(0, size_s, (sequences, length), generator=torch.Generator().manual_seed(seed))
     rows = torch.arange(sequences * length).view(sequences, length)[:, :-1].reshape(-1)
     teacher = teacher_rows(len(rows), size_t, k, seed)
+    targets, teachers = tokens.reshape(-1)[rows + 1], (teacher,)
     return AlignedBatch(
-        tokens, torch.ones_like(tokens), rows, tokens.reshape(-1)[rows + 1], (teacher,), cuts(len(rows), (teacher,))
+        tokens, torch.ones_like(tokens), rows, targets, rows // length, teachers, cuts(len(rows), teachers)
     )

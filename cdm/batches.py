@@ -18,12 +18,11 @@ import pyarrow as pa
 import torch
 
 from cdm import parts, shards
-from cdm.alignment import exact_bounds
 from cdm.corpus import read_documents
+from cdm.grouping import NO_GROUPS, Grouping
 from cdm.pieces import cuts
 from cdm.records import AlignedBatch, Alignment, ScoredDocument, TeacherRows
 from cdm.shards import ROW_GROUP_DOCUMENTS
-from cdm.tokenizers import Tokenizer
 
 CACHED_BLOCKS = 64
 
@@ -37,7 +36,7 @@ COUNTS = ("documents", "refused", "prompt_too_long", "cut", "response_tokens", "
 
 
 def align_part(
-    corpus_folder: str, shards_folders: Sequence[str], part: str, tokenizer_s: Tokenizer, *, max_length: int
+    corpus_folder: str, shards_folders: Sequence[str], part: str, grouping: Grouping, *, max_length: int
 ) -> tuple[pa.Table, dict[str, int]]:
     """One corpus part tokenised for the student and aligned with every teacher's scores of it.
 
@@ -46,6 +45,7 @@ def align_part(
     Documents that the student's tokenizer cannot spell, whose prompt its chat template refuses, or whose prompt fills
     `max_length` are left out and counted.
     """
+    tokenizer_s = grouping.tokenizer_s
     scored = [{doc.id: (row, doc) for row, doc in enumerate(shards.read_scores(f, part))} for f in shards_folders]
     counts = dict.fromkeys(COUNTS, 0)
     rows: list[dict[str, object]] = []
@@ -72,7 +72,8 @@ def align_part(
             "ends_s": ends[:room],
         }
         for k, of_teacher in enumerate(scored):
-            row_t, groups = _groups(of_teacher.get(document.id), ends, room)
+            row_t, doc = of_teacher.get(document.id, (-1, None))
+            groups = NO_GROUPS if doc is None else grouping.groups(k, doc, ids, ends, room)
             row |= {f"row_t{k}": row_t, f"bounds_s{k}": groups.bounds_s, f"bounds_t{k}": groups.bounds_t}
             counts["groups"] += len(groups.bounds_s) - 1
             counts["one_to_one"] += int(((np.diff(groups.bounds_s) == 1) & (np.diff(groups.bounds_t) == 1)).sum())
@@ -81,32 +82,6 @@ def align_part(
         counts["response_tokens"] += min(len(ids), room)
         rows.append(row)
     return _aligned_table(rows, len(shards_folders)), counts
-
-
-NO_GROUPS = Alignment(np.zeros(1, np.int32), np.zeros(1, np.int32))
-
-
-def _groups(scored: tuple[int, ScoredDocument] | None, ends_s: Ints, room: int) -> tuple[int, Alignment]:
-    """A teacher's row and the groups that lie in the student's first `room` tokens."""
-    if scored is None:
-        return -1, NO_GROUPS
-    row_t, document = scored
-    n_s, n_t = len(ends_s), len(document.ends_t)
-    if document.truncated:
-        n_s, n_t = _common_prefix(ends_s[:-1], document.ends_t)
-    groups = exact_bounds(ends_s[:n_s], document.ends_t[:n_t])
-    kept = int(np.searchsorted(groups.bounds_s, room, side="right"))
-    return row_t, Alignment(groups.bounds_s[:kept], groups.bounds_t[:kept])
-
-
-def _common_prefix(ends_s: Ints, ends_t: Ints) -> tuple[int, int]:
-    """How many tokens of each side lie before the last byte on which both end."""
-    shared = np.intersect1d(ends_s, ends_t)
-    if not len(shared):
-        return 0, 0
-    return int(np.searchsorted(ends_s, shared[-1], side="right")), int(
-        np.searchsorted(ends_t, shared[-1], side="right")
-    )
 
 
 def _aligned_table(rows: list[dict[str, object]], teachers: int) -> pa.Table:
@@ -291,8 +266,18 @@ def micro_batches(rows: Ints, lengths: Ints, *, world: int, micro_batch_tokens: 
 # --- collating ---------------------------------------------------------------------------------------------------
 
 
-def collate(rows: Sequence[Row], *, top_k: int, targets: Literal["response", "all"] = "response") -> AlignedBatch:
-    """Rows padded on the right to one batch. No row at all gives one padding token that nothing is asked of."""
+def collate(
+    rows: Sequence[Row],
+    *,
+    top_k: int | None,
+    targets: Literal["response", "all"] = "response",
+    whole_documents: bool = False,
+) -> AlignedBatch:
+    """Rows padded on the right to one batch. No row at all gives one padding token that nothing is asked of.
+
+    top_k: the teachers' best so many, None: all that are stored. whole_documents: the batch may be divided between
+    documents only.
+    """
     sequences = [np.concatenate([row.prompt_s, row.ids_s]) for row in rows] or [np.zeros(1, np.int32)]
     width = max(map(len, sequences))
     input_ids = np.zeros((len(sequences), width), np.int64)
@@ -305,14 +290,16 @@ def collate(rows: Sequence[Row], *, top_k: int, targets: Literal["response", "al
         for b, row in enumerate(rows)
     ]
     rows_s = np.concatenate([*positions, np.zeros(0, np.int64)]).astype(np.int64)
+    lengths = np.array([len(p) for p in positions], np.int64)
     teachers = tuple(_teacher_rows(rows, k, top_k) for k in range(len(rows[0].scores) if rows else 0))
     return AlignedBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(mask),
         torch.from_numpy(rows_s),
         torch.from_numpy(input_ids.reshape(-1)[rows_s + 1] if len(rows_s) else rows_s),
+        torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         teachers,
-        cuts(len(rows_s), teachers),
+        cuts(len(rows_s), teachers, np.append(0, np.cumsum(lengths)) if whole_documents else None),
     )
 
 
@@ -321,7 +308,7 @@ def token_bytes(rows: Sequence[Row]) -> Ints:
     return np.concatenate([np.diff(row.ends_s, prepend=0) for row in rows] or [np.zeros(0, np.int32)])
 
 
-def _teacher_rows(rows: Sequence[Row], k: int, top_k: int) -> TeacherRows:
+def _teacher_rows(rows: Sequence[Row], k: int, top_k: int | None) -> TeacherRows:
     pairs_s, pairs_t, scored = [], [], []
     offset_s = offset_t = 0
     for row in rows:
@@ -336,7 +323,7 @@ def _teacher_rows(rows: Sequence[Row], k: int, top_k: int) -> TeacherRows:
         none = torch.zeros(0, dtype=torch.int64)
         pair = torch.zeros(0, 2, dtype=torch.int64)
         return TeacherRows(
-            pair, pair, none, none.float(), torch.zeros(0, top_k, dtype=torch.int64), torch.zeros(0, top_k)
+            pair, pair, none, none.float(), torch.zeros(0, top_k or 1, dtype=torch.int64), torch.zeros(0, top_k or 1)
         )
     return TeacherRows(
         torch.from_numpy(np.concatenate(pairs_s).astype(np.int64)),

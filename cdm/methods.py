@@ -148,7 +148,9 @@ METHODS: dict[str, Method] = {
     "gold": gold,
     "strict": strict,
     "cdm": cdm,
+    "cdm_paper": cdm,  # the paper's choices are defaults of its config section
 }
+SAME_TOKENIZER = ("kl", "reverse_kl", "js", "skew_kl")
 # What a method needs of the batch besides its rows: targets_s [R] token ids, documents_s [R] document numbers.
 CONTEXT: dict[str, str] = {
     "alm": "targets_s",

@@ -23,20 +23,22 @@ class Piece:
     start: int
     end: int
     targets_s: Tensor
+    documents_s: Tensor
     teachers: tuple[TeacherRows, ...]
 
 
-def cuts(rows: int, teachers: Sequence[TeacherRows]) -> np.ndarray:
+def cuts(rows: int, teachers: Sequence[TeacherRows], bounds: np.ndarray | None = None) -> np.ndarray:
     """[C, 1 + 2 T] int64: a row before which a batch of `rows` may end, and each teacher's group and row there.
 
-    From 0 to `rows`, both included. The teachers' tensors are on the CPU, their groups in order.
+    From 0 to `rows`, both included; with `bounds` (of the documents) at these rows alone. The teachers' tensors are on
+    the CPU, their groups in order.
     """
     inside = np.zeros(rows + 1, np.int64)
     for teacher in teachers:
         first, last = teacher.groups_s.numpy().T
         inside[first + 1] += 1
         inside[last] -= 1
-    free = np.flatnonzero(np.cumsum(inside) == 0)
+    free = np.flatnonzero(np.cumsum(inside) == 0) if bounds is None else np.unique(bounds)
     columns = [free]
     for teacher in teachers:
         group = np.searchsorted(teacher.groups_s[:, 0].numpy(), free)
@@ -69,4 +71,4 @@ def _between(batch: AlignedBatch, first: list[int], last: list[int]) -> Piece:
                 teacher.topk_logp_t[row_t:last_row_t],
             )
         )
-    return Piece(start, end, batch.targets_s[start:end], tuple(teachers))
+    return Piece(start, end, batch.targets_s[start:end], batch.documents_s[start:end], tuple(teachers))

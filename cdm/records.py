@@ -82,14 +82,15 @@ class AlignedBatch:
     """What one student step reads.
 
     input_ids, attention_mask [B, N] int64; rows_s [R] int64: flat positions b * N + n of the logits that predict
-    targets_s [R] int64; one TeacherRows per teacher, in the config's order; cuts [C, 1 + 2 T] int64, on the host: where
-    the rows may be divided (`cdm.pieces`).
+    targets_s [R] int64; documents_s [R] int64: the place in the batch of each row's document; one TeacherRows per
+    teacher, in the config's order; cuts [C, 1 + 2 T] int64, on the host: where the rows may be divided (`cdm.pieces`).
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     rows_s: torch.Tensor
     targets_s: torch.Tensor
+    documents_s: torch.Tensor
     teachers: tuple[TeacherRows, ...]
     cuts: np.ndarray
 

@@ -21,7 +21,7 @@ from cdm.pieces import Piece, divide
 from cdm.records import AlignedBatch, LossOutput, TeacherRows
 from cdm.rows import Logits, StudentRows, student_rows, token_logp
 
-Term = Callable[[Logits, TeacherRows], LossOutput]
+Term = Callable[[StudentRows, TeacherRows, Piece], LossOutput]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def piece_loss(rows: Logits, piece: Piece, objective: Objective, counts: Counts)
     for k, (term, weight) in enumerate(zip(objective.terms, objective.weights, strict=True)):
         if counts.groups[k] == 0:
             continue
-        out = term(rows, piece.teachers[k])
+        out = term(rows, piece.teachers[k], piece)
         loss = loss + (1 - objective.alpha) * weight * out.total / counts.groups[k]
         prefix = f"teacher{k}." if len(objective.terms) > 1 else ""
         sums |= {prefix + name: value / counts.groups[k] for name, value in out.metrics.items()}

@@ -22,12 +22,12 @@ import torch.distributed as dist
 
 from cdm.batches import AlignedData, collate, micro_batches, step_rows, token_bytes
 from cdm.checkpoints import Checkpoints, export_model, restore, save
-from cdm.config import AnyMethod, Optimisation, Sft
+from cdm.config import AnyMethod, Cdm, Optimisation, Sft
 from cdm.head import Sums
-from cdm.methods import METHODS
+from cdm.methods import CONTEXT, METHODS, SAME_TOKENIZER
 from cdm.models import load_model
 from cdm.pieces import Piece
-from cdm.records import AlignedBatch
+from cdm.records import AlignedBatch, LossOutput, TeacherRows
 from cdm.rows import StudentRows, token_logp
 from cdm.step import Counts, Objective, StudentModel, Term, shard, step, to_device
 from cdm.vocab_map import VocabMap
@@ -63,16 +63,21 @@ def objective_of(job: TrainingJob) -> Objective:
     """The method's terms, one a teacher; a teacher with the student's own tokenizer is a plain top-k KL."""
     if isinstance(job.method, Sft):
         return Objective(1.0, (), ())
-    options = job.method.model_dump(exclude={"type", "alpha", "threshold", "protect"})
+    options = job.method.model_dump(exclude={"type", "alpha", "align", "threshold", "protect"})
     terms = [_term(job.method.type, path, options) for path in job.maps]
     return Objective(job.method.alpha, tuple(terms), job.weights)
 
 
 def _term(method: str, map_path: str | None, options: dict[str, Any]) -> Term:
-    if map_path is None:
-        return lambda logits_s, teacher: METHODS["kl"](logits_s, teacher, None, temperature=options["temperature"])
-    vocab_map = VocabMap.load(map_path)
-    return lambda logits_s, teacher: METHODS[method](logits_s, teacher, vocab_map, **options)
+    if map_path is None and method not in SAME_TOKENIZER:
+        method, options = "kl", {"temperature": options.get("temperature", 1.0)}
+    vocab_map, context = None if map_path is None else VocabMap.load(map_path), CONTEXT.get(method)
+
+    def term(rows: StudentRows, teacher: TeacherRows, piece: Piece) -> LossOutput:
+        more = {} if context is None else {context: getattr(piece, context)}
+        return METHODS[method](rows, teacher, vocab_map, **options, **more)
+
+    return term
 
 
 def counts_of(data: AlignedData, rows: np.ndarray, targets: str) -> Counts:
@@ -153,12 +158,16 @@ def _prefetch(
     data: AlignedData, plan: Iterator[np.ndarray], job: TrainingJob, *, rank: int, world: int
 ) -> Iterator[tuple[np.ndarray, list[AlignedBatch]]]:
     """Reads the next step's batches in a thread while this one computes."""
-    lengths, top_k = data.sizes["tokens_s"], getattr(job.method, "top_k", 0)
+    lengths = data.sizes["tokens_s"]
+    top_k = job.method.top_k if isinstance(job.method, Cdm) else None
+    whole_documents = CONTEXT.get(job.method.type) == "documents_s"
 
     def read(rows: np.ndarray) -> tuple[np.ndarray, list[AlignedBatch]]:
         chunks = micro_batches(rows, lengths, world=world, micro_batch_tokens=job.optimisation.micro_batch_tokens)
         mine = [[data.row(number) for number in chunk] for chunk in chunks[rank::world]]
-        return rows, [collate(chunk, top_k=top_k, targets=job.targets) for chunk in mine]
+        return rows, [
+            collate(chunk, top_k=top_k, targets=job.targets, whole_documents=whole_documents) for chunk in mine
+        ]
 
     with ThreadPoolExecutor(1) as pool:
         upcoming: Future[tuple[np.ndarray, list[AlignedBatch]]] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,14 +13,28 @@ import ray
 
 from cdm import parts
 from cdm.batches import align_part
-from cdm.shards import ROW_GROUP_DOCUMENTS
+from cdm.grouping import AlignmentMethod, Grouping
+from cdm.shards import ROW_GROUP_DOCUMENTS, read_scores
 from cdm.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Whose tokens are aligned, and how. Each model by name and revision.
+
+    entropies: a shards folder with the student's own, which `dtw` weighs its tokens by.
+    """
+
+    student: tuple[str, str | None]
+    teachers: tuple[tuple[str, str | None], ...]
+    method: AlignmentMethod = "exact"
+    entropies: str | None = None
 
 
 def align(
     corpus_folder: str,
     shards_folders: Sequence[str],
-    tokenizer_s: tuple[str, str | None],
+    sides: Sides,
     folder: str,
     *,
     max_length: int,
@@ -33,9 +48,7 @@ def align(
     names = parts.read_manifest(corpus_folder).names
     task = ray.remote(num_cpus=1)(_align_one)
     missing = parts.missing_parts(folder, names)
-    pending = [
-        task.remote(corpus_folder, tuple(shards_folders), name, tokenizer_s, max_length, folder) for name in missing
-    ]
+    pending = [task.remote(corpus_folder, tuple(shards_folders), name, sides, max_length, folder) for name in missing]
     while pending:
         done, pending = ray.wait(pending)
         ray.get(done)
@@ -53,16 +66,21 @@ def _align_one(
     corpus_folder: str,
     shards_folders: tuple[str, ...],
     name: str,
-    tokenizer_s: tuple[str, str | None],
+    sides: Sides,
     max_length: int,
     folder: str,
 ) -> None:
-    table, counts = align_part(corpus_folder, shards_folders, name, _tokenizer(*tokenizer_s), max_length=max_length)
+    entropies = None
+    if sides.entropies is not None:
+        entropies = {document.id: document.entropy_t for document in read_scores(sides.entropies, name)}
+    tokenizers_t = () if sides.method == "exact" else tuple(_tokenizer(*teacher) for teacher in sides.teachers)
+    grouping = Grouping(sides.method, _tokenizer(*sides.student), tokenizers_t, entropies)
+    table, counts = align_part(corpus_folder, shards_folders, name, grouping, max_length=max_length)
     table = table.replace_schema_metadata({"counts": json.dumps(counts)})
     parts.write_part(folder, name, table, row_group_size=ROW_GROUP_DOCUMENTS)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=8)
 def _tokenizer(name: str, revision: str | None) -> Tokenizer:
     """One a worker process: parsing a large tokenizer.json takes a second."""
     return load_tokenizer(name, revision=revision)

@@ -16,16 +16,21 @@ from pathlib import Path
 from cdm import __version__, parts
 from cdm.config import (
     AnyMethod,
+    Cdm,
     Config,
     Generation,
+    MinEdit,
     Pretrain,
+    SameTokenizer,
     Sft,
     Student,
     Teacher,
+    TransformersEngine,
     digest,
     storage_path,
 )
 from cdm.corpus import corpus_identity, write_corpus
+from cdm.grouping import AlignmentMethod
 from cdm.models import build_model, model_identity
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
@@ -33,7 +38,7 @@ from cdm.student import Metrics, TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment, MlflowTracker, Tracker
 from cdm.vocab_map import vocab_map_file
-from ray_jobs.align import align
+from ray_jobs.align import Sides, align
 from ray_jobs.evaluate import EvaluationJob, evaluate
 from ray_jobs.generate import generate, generation_identity
 from ray_jobs.score import score
@@ -216,15 +221,27 @@ class Pipeline:
 
     # --- alignment
 
-    def align(self, corpus: str, student: Model, shards: tuple[str, ...], max_length: int) -> str:
+    def align(
+        self,
+        corpus: str,
+        student: Model,
+        shards: tuple[str, ...],
+        max_length: int,
+        method: AlignmentMethod = "exact",
+    ) -> str:
         """The folder of a corpus tokenised for a student, and aligned with the scores in `shards`."""
         manifest = parts.read_manifest(corpus)
+        entropies = self.entropies if method == "dtw" else None
         meta = {
             "corpus": manifest.fingerprint,
             "shards": [parts.read_manifest(folder).fingerprint for folder in shards],
             "tokenizer_s": student.tokenizer.fingerprint,
             "max_length": max_length,
+            "method": method,
+            "entropies": None if entropies is None else parts.read_manifest(entropies).fingerprint,
         }
+        teachers = tuple((model.path, model.revision) for model in self.teachers) if method != "exact" else ()
+        sides = Sides((student.path, student.revision), teachers, method, entropies)
         folder = self.folder("aligned", short(meta))
         if parts.is_finished(folder):
             skipped("align", folder)
@@ -233,7 +250,7 @@ class Pipeline:
             align(
                 corpus,
                 shards,
-                (student.path, student.revision),
+                sides,
                 folder,
                 max_length=max_length,
                 meta=meta,
@@ -241,9 +258,18 @@ class Pipeline:
             )
         return folder
 
+    def aligned(self, method: AnyMethod) -> str:
+        """The student's and the teachers' tokens in the groups that a method asks for."""
+        how = "exact" if isinstance(method, Sft) else method.align
+        return self.align(self.corpus, self.student, self.shards, self.config.student.max_length, how)
+
     @cached_property
-    def aligned(self) -> str:
-        return self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
+    def entropies(self) -> str:
+        """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies."""
+        asked = self.config.student
+        engine = TransformersEngine(type="transformers", dtype="float32")
+        section = Teacher(model=asked.model, engine=engine, top_k=1, max_length=asked.max_length)
+        return self._scored(section, self.student)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
         """A file a teacher; None where teacher and student share the tokenizer."""
@@ -256,7 +282,15 @@ class Pipeline:
             if teacher.vocabulary == student.vocabulary:
                 found.append(None)
                 continue
-            file = vocab_map_file(student, teacher, method.threshold, method.protect, self.folder("maps"))
+            if isinstance(method, SameTokenizer):
+                raise ValueError(
+                    f"method.type: {method.type} needs a teacher with the student's own tokenizer, and "
+                    f"{model.name} has another; choose cdm or another method for two tokenizers"
+                )
+            threshold, protect = 0.0, True  # most methods read the exact part alone
+            if isinstance(method, Cdm | MinEdit):
+                threshold, protect = method.threshold, method.protect
+            file = vocab_map_file(student, teacher, threshold, protect, self.folder("maps"))
             found.append(str(file))
         return tuple(found)
 
@@ -266,7 +300,8 @@ class Pipeline:
         """The folder of the student that this method trains."""
         optimisation = self.config.student
         weights = tuple(teacher.weight for teacher in self.config.teachers)
-        aligned = parts.read_manifest(self.aligned).fingerprint
+        folder = self.aligned(method)
+        aligned = parts.read_manifest(folder).fingerprint
         steps = optimisation.model_dump(mode="json", exclude={"model"})
         identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
         export = self.folder("students", f"{self.config.name}-{method.type}-{identity}")
@@ -275,7 +310,7 @@ class Pipeline:
             return export
         job = TrainingJob(
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
-            optimisation=optimisation, method=method, aligned=self.aligned, shards=self.shards,
+            optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
             maps=self.maps(method), weights=weights, seed=self.config.seed, export=export,
         )  # fmt: skip
         self._train(f"train {label(method)}", job, identity)
@@ -313,14 +348,15 @@ class Pipeline:
         students = self.students
         asked, pool = self.config.evaluation, self.config.resources.student
         names = {name: Path(folder).name for name, folder in students.items()}
-        identity = short(asked, parts.read_manifest(self.aligned).fingerprint, names)
+        aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
+        identity = short(asked, parts.read_manifest(aligned).fingerprint, names)
         file = Path(self.folder("reports", f"{identity}.json"))
         if file.exists():
             skipped("evaluate", str(file))
             return [EvalReport(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
         teacher = self.teachers[0]
         job = EvaluationJob(
-            corpus=self.corpus, aligned=self.aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
+            corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
             documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
             micro_batch_tokens=self.config.student.micro_batch_tokens,
         )  # fmt: skip

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm import parts, shards
+from cdm.alignment import align
 from cdm.batches import AlignedData, align_part, collate, micro_batches, step_rows, token_bytes
 from cdm.corpus import documents_of
+from cdm.grouping import Grouping
+from cdm.pieces import divide
 from cdm.records import Document, ScoredDocument
 from cdm.shards import ROW_GROUP_DOCUMENTS
 from cdm.tokenizers import Tokenizer, load_tokenizer
@@ -20,6 +23,8 @@ from tests import tiny
 
 K = 4
 DOCUMENTS = 40
+
+NAME = "train-00000.parquet"
 
 
 def scores(
@@ -46,13 +51,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict:
     tokenizer_t = load_tokenizer(tiny.tiny_teacher(root / "teacher"))
     tokenizer_s = load_tokenizer(tiny.tiny_student(root / "student"))
     documents = tiny.documents(DOCUMENTS)
-    name, folders = "train-00000.parquet", {kind: str(root / kind) for kind in ("corpus", "shards", "aligned")}
+    name, folders = NAME, {kind: str(root / kind) for kind in ("corpus", "shards", "aligned")}
     parts.write_part(folders["corpus"], name, table_of(documents), row_group_size=ROW_GROUP_DOCUMENTS)
     rng = np.random.default_rng(0)
     scored = [scores(d, tokenizer_t, rng, cut=5 if i == 7 else None) for i, d in enumerate(documents) if i != 3]
     quarantined = [(documents[3].id, "for the test")]
     shards.write_scores(folders["shards"], name, scored, quarantined=quarantined, identity={})
-    table, counts = align_part(folders["corpus"], [folders["shards"]], name, tokenizer_s, max_length=1024)
+    table, counts = align_part(
+        folders["corpus"], [folders["shards"]], name, Grouping("exact", tokenizer_s), max_length=1024
+    )
     parts.write_part(folders["aligned"], name, table, row_group_size=ROW_GROUP_DOCUMENTS)
     parts.finish(folders["aligned"], {}, kind="aligned")
     return {"folders": folders, "documents": documents, "counts": counts, "s": tokenizer_s, "t": tokenizer_t}
@@ -102,7 +109,9 @@ def test_a_cut_document_pairs_what_both_sides_have(world: dict) -> None:
 
 def test_long_responses_are_cut_for_the_student_with_their_groups(world: dict) -> None:
     folders = world["folders"]
-    table, counts = align_part(folders["corpus"], [folders["shards"]], "train-00000.parquet", world["s"], max_length=40)
+    table, counts = align_part(
+        folders["corpus"], [folders["shards"]], "train-00000.parquet", Grouping("exact", world["s"]), max_length=40
+    )
     assert counts["cut"] > 0 and max(table["tokens_s"].to_pylist()) <= 40
     for ids, bounds in zip(table["ids_s"].to_pylist(), table["bounds_s0"].to_pylist(), strict=True):
         assert bounds[-1] <= len(ids)
@@ -110,7 +119,9 @@ def test_long_responses_are_cut_for_the_student_with_their_groups(world: dict) -
 
 def test_prompts_that_leave_no_room_are_left_out_and_counted(world: dict) -> None:
     folders = world["folders"]
-    table, counts = align_part(folders["corpus"], [], "train-00000.parquet", world["s"], max_length=3)
+    table, counts = align_part(
+        folders["corpus"], [], "train-00000.parquet", Grouping("exact", world["s"]), max_length=3
+    )
     assert counts["prompt_too_long"] == DOCUMENTS and table.num_rows == 0
 
 
@@ -185,3 +196,51 @@ def test_a_split_without_documents_says_so(world: dict) -> None:
 
 def test_the_corpus_comes_back_as_it_went_in(world: dict) -> None:
     assert documents_of(parts.read_part(world["folders"]["corpus"], "train-00000.parquet")) == world["documents"]
+
+
+# --- groups by warping -------------------------------------------------------------------------------------------
+
+
+def test_warped_groups_are_those_of_the_alignment_and_stay_in_the_room(world: dict) -> None:
+    folders, entropies = world["folders"], {}
+    for document in world["documents"]:
+        ids, _ = world["s"].encode_with_ends(document.response)
+        entropies[document.id] = np.random.default_rng(len(ids)).random(len(ids) + 1)
+    scored = {doc.id: doc for doc in shards.read_scores(folders["shards"], NAME)}
+    for method, own in (("dtw", entropies), ("dtw_unweighted", None)):
+        grouping = Grouping(method, world["s"], (world["t"],), own)
+        table, _ = align_part(folders["corpus"], [folders["shards"]], NAME, grouping, max_length=60)
+        assert table.num_rows > 20
+        for row in table.to_pylist():
+            if row["row_t0"] < 0 or scored[row["id"]].truncated:
+                continue
+            document = next(d for d in world["documents"] if d.id == row["id"])
+            ids, ends = world["s"].encode_with_ends(document.response)
+            ids, ends = np.append(ids, world["s"].end_of_turn_id), np.append(ends, ends[-1] if len(ends) else 0)
+            teacher = scored[row["id"]]
+            expected = align(
+                method="dtw", ends_s=ends, ends_t=teacher.ends_t,
+                texts_s=world["s"].texts(ids), texts_t=world["t"].texts(teacher.ids_t),
+                entropy_s=own and own[row["id"]], entropy_t=own and teacher.entropy_t,
+            )  # fmt: skip
+            kept = [b for b in expected.bounds_s.tolist() if b <= 60 - len(row["prompt_s"])]
+            assert row["bounds_s0"] == kept
+            assert row["bounds_t0"] == expected.bounds_t[: len(kept)].tolist()
+
+
+def test_a_document_without_entropies_is_not_warped(world: dict) -> None:
+    grouping = Grouping("dtw", world["s"], (world["t"],), {})
+    table, counts = align_part(world["folders"]["corpus"], [world["folders"]["shards"]], NAME, grouping, max_length=60)
+    assert counts["groups"] == 0 and table.num_rows > 20
+
+
+def test_whole_documents_are_divided_between_documents_only(world: dict) -> None:
+    aligned = data(world)
+    rows = [aligned.row(number) for number in range(6)]
+    batch = collate(rows, top_k=None, whole_documents=True)
+    lengths = [len(row.ids_s) for row in rows]
+    assert batch.cuts[:, 0].tolist() == np.cumsum([0, *lengths]).tolist()
+    assert batch.documents_s.tolist() == np.repeat(np.arange(6), lengths).tolist()
+    pieces = divide(batch, 1)
+    assert [len(set(piece.documents_s.tolist())) for piece in pieces] == [1] * 6
+    assert batch.teachers[0].topk_ids_t.shape[1] == K, "no top_k: all that the teacher stored"

@@ -14,6 +14,7 @@ from cdm import parts, shards
 from cdm.batches import align_part
 from cdm.corpus import table_of
 from cdm.evaluation import evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.grouping import Grouping
 from cdm.records import Alignment, Document
 from cdm.teacher import TeacherScorer
 from cdm.tokenizers import load_tokenizer
@@ -36,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict:
     shards.write_scores(scored, name, rows, quarantined=[], identity={})
     for side in ("teacher", "student"):
         aligned = str(root / f"aligned-{side}")
-        table, _ = align_part(corpus, [scored], name, load_tokenizer(found[side]), max_length=256)
+        table, _ = align_part(corpus, [scored], name, Grouping("exact", load_tokenizer(found[side])), max_length=256)
         parts.write_part(aligned, name, table, row_group_size=16)
         parts.finish(aligned, {}, kind="aligned")
         found[f"rows-{side}"] = held_out(aligned, [scored], 12)

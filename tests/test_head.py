@@ -76,7 +76,7 @@ def aligned(method: str) -> AlignedBatch:
     none = torch.zeros(1, 1, dtype=torch.long)
     teachers = (batch["teacher"],)
     rows = torch.arange(len(batch["targets_s"]))
-    return AlignedBatch(none, none, rows, batch["targets_s"], teachers, cuts(len(rows), teachers))
+    return AlignedBatch(none, none, rows, batch["targets_s"], batch["documents_s"], teachers, cuts(len(rows), teachers))
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": "mean"}, {"tail": "residual"}], ids=["first", "mean", "residual"])
@@ -86,7 +86,7 @@ def test_pieces_change_nothing(options: dict, dtype: torch.dtype, rows: int, voc
     batch = aligned("cdm")
     layer = linear(False, dtype)
     hidden = hidden_states(len(batch.targets_s), dtype).requires_grad_()
-    objective = Objective(0.4, (lambda z, t: METHODS["cdm"](z, t, vocab_map, **options),), (0.7,))
+    objective = Objective(0.4, (lambda z, t, _: METHODS["cdm"](z, t, vocab_map, **options),), (0.7,))
     counts = Counts(11, (5,))
     (whole,) = divide(batch, 1000)
     wanted, wanted_sums = piece_loss(
@@ -156,7 +156,13 @@ def test_a_model_gives_the_same_loss_and_gradients_in_any_pieces(tmp_path: Path)
     tokens = torch.randint(3, 500, (2, 9), generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([2, 3, 4, 5, 10, 11, 12])
     batch = AlignedBatch(
-        tokens, torch.ones_like(tokens), rows, tokens.reshape(-1)[rows + 1], (), torch.arange(8).numpy()[:, None]
+        tokens,
+        torch.ones_like(tokens),
+        rows,
+        tokens.reshape(-1)[rows + 1],
+        rows // 9,
+        (),
+        torch.arange(8).numpy()[:, None],
     )
     counts, objective = Counts(7, ()), Objective(1.0, (), ())
     results = []

@@ -20,6 +20,7 @@ from cdm.alignment import exact_bounds
 from cdm.batches import align_part
 from cdm.config import Jsonl
 from cdm.corpus import read_documents, write_corpus
+from cdm.grouping import Grouping
 from cdm.inspection import inspect_path
 from cdm.records import Alignment, Document
 from cdm.shards import finish_shards, write_scores
@@ -87,7 +88,11 @@ def align(corpus: parts.Manifest, shards: parts.Manifest, root: Path, student: s
     total = dict.fromkeys(("documents", "groups", "one_to_one"), 0)
     for name in corpus.names:
         table, counts = align_part(
-            str(root / "corpus" / "c"), [str(root / "shards" / "tiny-qwen2-s")], name, tokenizer, max_length=128
+            str(root / "corpus" / "c"),
+            [str(root / "shards" / "tiny-qwen2-s")],
+            name,
+            Grouping("exact", tokenizer),
+            max_length=128,
         )
         parts.write_part(folder, name, table, row_group_size=16)
         total = {key: total[key] + counts[key] for key in total}

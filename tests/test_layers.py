@@ -17,27 +17,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config")
 CORE = (
-    *(
-        "parts",
-        "top_k",
-        "codec",
-        "alignment",
-        "spelling",
-        "vocab_map",
-        "losses",
-        "rows",
-        "head",
-        "pairs",
-        "baselines",
-        "methods",
-    ),
-    *("pieces", "step"),
+    *("parts", "top_k", "codec", "alignment", "spelling", "vocab_map", "losses", "rows", "head", "pairs", "baselines"),
+    *("methods", "pieces", "step"),
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
-    *("batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
+    *("grouping", "batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
     *("text_view", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")

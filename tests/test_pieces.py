@@ -21,7 +21,9 @@ def batch_of(documents: list) -> AlignedBatch:
         teacher_of([(d[k], length, d[3]) for d, length in zip(documents, lengths, strict=True)]) for k in (0, 1)
     )
     none = torch.zeros(1, 1, dtype=torch.long)
-    return AlignedBatch(none, none, torch.arange(rows), torch.arange(rows) + 100, teachers, cuts(rows, teachers))
+    of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    ids = torch.arange(rows)
+    return AlignedBatch(none, none, ids, ids + 100, of, teachers, cuts(rows, teachers))
 
 
 def teacher_of(documents: list) -> TeacherRows:

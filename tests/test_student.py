@@ -5,19 +5,28 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cdm import parts, shards
-from cdm.batches import align_part
-from cdm.config import Cdm, Optimisation, Sft
+from cdm.batches import AlignedData, align_part, collate
+from cdm.config import AnyMethod, Cdm, Optimisation, Sft
 from cdm.corpus import table_of
+from cdm.grouping import Grouping
+from cdm.methods import CONTEXT, METHODS, SAME_TOKENIZER
+from cdm.models import load_model
+from cdm.pieces import cuts
+from cdm.records import AlignedBatch, TeacherRows
+from cdm.rows import StudentRows
 from cdm.shards import ROW_GROUP_DOCUMENTS
-from cdm.student import TrainingJob, learning_rate
+from cdm.step import Counts, StudentModel, batch_loss
+from cdm.student import TrainingJob, learning_rate, objective_of
 from cdm.tokenizers import load_tokenizer
 from cdm.vocab_map import build_vocab_map
 from tests import distributed, tiny
@@ -40,7 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
         parts.write_part(corpus, name, table_of(part))
         rows = [scores(document, tokenizer_t, rng) for document in part]
         shards.write_scores(scored, name, rows, quarantined=[], identity={})
-        table, _ = align_part(corpus, [scored], name, tokenizer_s, max_length=256)
+        table, _ = align_part(corpus, [scored], name, Grouping("exact", tokenizer_s), max_length=256)
         parts.write_part(aligned, name, table, row_group_size=ROW_GROUP_DOCUMENTS)
     parts.finish(aligned, {}, kind="aligned")
     build_vocab_map(tokenizer_s, tokenizer_t).save(root / "map.npz")
@@ -140,3 +149,59 @@ def test_learning_rates_warm_up_and_fall(schedule: str) -> None:
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
     assert rates[-1] == 1.0 if schedule == "constant" else rates[-1] < 0.02
+
+
+EVERY_METHOD = ("uld", "min_edit", "multilevel_ot", "alm", "gold", "strict", "cdm", "cdm_paper", "kl", "js")
+
+
+@pytest.mark.parametrize("kind", EVERY_METHOD)
+def test_every_method_of_the_config_trains_in_any_pieces(job: TrainingJob, kind: str) -> None:
+    same = kind in SAME_TOKENIZER
+    method = parse_method(type=kind)
+    job = replace(job, method=method, maps=(None,) if same else job.maps)
+    objective = objective_of(job)
+    data = AlignedData.open(job.aligned, job.shards, "train")
+    rows = np.arange(7)
+    top_k = method.top_k if isinstance(method, Cdm) else None
+    whole = CONTEXT.get(kind) == "documents_s"
+    batch = collate([data.row(number) for number in rows], top_k=top_k, whole_documents=whole)
+    if same:  # its groups are single tokens, its ids the student's
+        batch = replace(batch, teachers=(single_tokens(batch),))
+        batch = replace(batch, cuts=cuts(len(batch.rows_s), batch.teachers))
+    counts = Counts(len(batch.rows_s), (len(batch.teachers[0].groups_s),))
+    model = StudentModel(load_model(job.model))
+    found = []
+    for piece_rows in (5, 10_000):
+        model.piece_rows = piece_rows
+        model.zero_grad()
+        loss, sums = batch_loss(model, batch, objective, counts)
+        loss.backward()
+        found.append((loss.detach(), {k: v.double() for k, v in sums.items()}, model.model.lm_head.weight.grad.clone()))
+        assert found[-1][2].abs().sum() > 0 and sums["kd"] > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+def single_tokens(batch: AlignedBatch) -> TeacherRows:
+    rows = torch.arange(len(batch.rows_s))
+    groups = torch.stack([rows, rows + 1], 1)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(400, generator=generator)[:K] for _ in rows])
+    logp = torch.log_softmax(torch.randn(len(rows), K, generator=generator), 1).sort(1, descending=True).values - 0.1
+    return TeacherRows(
+        groups, groups, batch.targets_s, torch.zeros(len(rows)), ids, logp.sort(1, descending=True).values
+    )
+
+
+def parse_method(**options: Any) -> Any:
+    return TypeAdapter(AnyMethod).validate_python(options)
+
+
+def test_a_teacher_with_the_students_tokenizer_is_a_plain_kl(job: TrainingJob) -> None:
+    objective = objective_of(replace(job, method=parse_method(type="alm"), maps=(None,)))
+    batch = AlignedBatch(
+        *[torch.zeros(1, 1)] * 2, torch.arange(3), torch.tensor([5, 6, 7]), torch.zeros(3).long(), (), None
+    )
+    teacher = single_tokens(batch)
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
+    out = objective.terms[0](StudentRows(logits), teacher, None)
+    torch.testing.assert_close(out.total, METHODS["kl"](logits, teacher, None, temperature=1.0).total)
