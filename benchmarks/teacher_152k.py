@@ -37,7 +37,7 @@ SOURCES = (
 HELD_OUT = 16  # one document in so many
 STEPS, BATCH, LENGTH = 400, 16, 256
 FREQUENT, SAMPLED = 4096, 2048  # candidates: the training data's most frequent ids, and a sample of all others
-TOP_K, TOKENS, PART = 100, 7_000, "train-00000.parquet"
+TOP_K, TOKENS, PART = 100, 110_000, "train-00000.parquet"
 MAX_LENGTH = 512
 
 
