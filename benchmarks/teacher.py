@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from benchmarks.table import finish, machine, show
-from cdm.config import Pretrain, PythonPackages
+from cdm.config_corpus import PythonPackages
+from cdm.config_models import Pretrain
 from cdm.corpus import read_documents, write_corpus
 from cdm.engines import TokenRows, TransformersEngine, VllmEngine, _hidden
 from cdm.models import build_model

@@ -27,7 +27,8 @@ from typing import IO, Any
 import pyarrow as pa
 
 from cdm import parts, python_functions, sources
-from cdm.config import AnyCorpus, HuggingFace, Jsonl, ParquetCorpus, PythonPackages, digest
+from cdm.config import digest
+from cdm.config_corpus import AnyCorpus, HuggingFace, Jsonl, ParquetCorpus, PythonPackages
 from cdm.documents import DroppedError, Replace, document_of
 from cdm.records import Document, Message
 

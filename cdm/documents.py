@@ -8,7 +8,7 @@ import unicodedata
 from typing import Any, Literal
 
 from cdm import sources
-from cdm.config import Corpus, Fields
+from cdm.config_corpus import Corpus, Fields
 from cdm.records import Document, Message
 
 ID_LENGTH = 32  # hex digits: 128 bits

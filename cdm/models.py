@@ -25,7 +25,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from cdm import parts
-from cdm.config import Pretrain, TokenizerRecipe, digest
+from cdm.config import digest
+from cdm.config_models import Pretrain, TokenizerRecipe
 from cdm.corpus import read_documents, split_parts
 from cdm.tokenizers import Tokenizer, check_lossless, load_tokenizer
 

@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from cdm.batches import AlignedData, collate, micro_batches, step_rows, token_bytes
 from cdm.checkpoints import Checkpoints, export_model, restore, save
-from cdm.config import AnyMethod, Cdm, Optimisation, Sft
+from cdm.config_methods import AnyMethod, Cdm, Sft
+from cdm.config_models import Optimisation
 from cdm.head import Sums
 from cdm.methods import CONTEXT, METHODS, SAME_TOKENIZER
 from cdm.models import load_model

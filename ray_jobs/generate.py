@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 
 from cdm import parts
 from cdm.checks import check_identity
-from cdm.config import Config, Pretrained
+from cdm.config import Config
+from cdm.config_models import Pretrained
 from cdm.corpus import read_documents
 from cdm.generation import ResponseGenerator, finish_generated, read_generated, split_name, write_generated
 from cdm.parts import Manifest, Part

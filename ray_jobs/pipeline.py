@@ -15,7 +15,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 
 from cdm.checks import check_problems
-from cdm.config import Config, ConfigError, Pretrain, Student, Teacher, load_config, storage_path
+from cdm.config import Config, ConfigError, load_config, storage_path
+from cdm.config_models import Pretrain, Student, Teacher
 from cdm.models import check_pair, context_problems
 from cdm.progress import console
 from cdm.report import print_results, print_samples, results, results_figure, samples_table

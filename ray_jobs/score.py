@@ -13,7 +13,8 @@ import pyarrow as pa
 import ray
 
 from cdm import parts
-from cdm.config import Pretrained, Teacher, TeacherPool
+from cdm.config import TeacherPool
+from cdm.config_models import Pretrained, Teacher
 from cdm.corpus import read_documents
 from cdm.parts import Manifest, Part
 from cdm.shards import check_identity, finish_shards, open_shards, read_footer, write_scores

@@ -14,21 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 from cdm import __version__, parts
-from cdm.config import (
-    AnyMethod,
-    Cdm,
-    Config,
-    Generation,
-    MinEdit,
-    Pretrain,
-    SameTokenizer,
-    Sft,
-    Student,
-    Teacher,
-    TransformersEngine,
-    digest,
-    storage_path,
-)
+from cdm.config import Config, digest, storage_path
+from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
+from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, write_corpus
 from cdm.grouping import AlignmentMethod
 from cdm.models import build_model, model_identity

@@ -13,7 +13,8 @@ import psutil
 import pyarrow as pa
 
 from cdm import corpus, parts
-from cdm.config import Teacher, TeacherPool
+from cdm.config import TeacherPool
+from cdm.config_models import Teacher
 from cdm.records import Document
 from ray_jobs.score import ScorePart, score, shards_identity
 

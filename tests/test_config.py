@@ -12,7 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cdm.config import Config, ConfigError, Sft, digest, load_config, parse_config, storage_path
+from cdm.config import Config, ConfigError, digest, load_config, parse_config, storage_path
+from cdm.config_methods import Sft
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm import corpus, parts, python_functions
-from cdm.config import HuggingFace, Jsonl, ParquetCorpus, PythonPackages
+from cdm.config_corpus import HuggingFace, Jsonl, ParquetCorpus, PythonPackages
 from cdm.documents import document_id
 from cdm.records import Document, Message
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm import corpus, parts
-from cdm.config import Jsonl, parse_config
+from cdm.config import parse_config
+from cdm.config_corpus import Jsonl
 from cdm.corpus import read_documents, split_of, write_corpus
 from cdm.documents import DroppedError, document_id
 from cdm.generation import (

@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from cdm import parts
 from cdm.alignment import exact_bounds
 from cdm.batches import align_part
-from cdm.config import Jsonl
+from cdm.config_corpus import Jsonl
 from cdm.corpus import read_documents, write_corpus
 from cdm.grouping import Grouping
 from cdm.inspection import inspect_path

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from cdm import corpus, models
-from cdm.config import Optimisation, Pretrain, PythonPackages, TokenizerRecipe
+from cdm.config_corpus import PythonPackages
+from cdm.config_models import Optimisation, Pretrain, TokenizerRecipe
 from cdm.records import Message
 from cdm.tokenizers import Tokenizer, check_lossless, load_tokenizer
 

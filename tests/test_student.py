@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from cdm import parts, shards
 from cdm.batches import AlignedData, align_part, collate
-from cdm.config import AnyMethod, Cdm, Optimisation, Sft
+from cdm.config_methods import AnyMethod, Cdm, Sft
+from cdm.config_models import Optimisation
 from cdm.corpus import table_of
 from cdm.grouping import Grouping
 from cdm.methods import CONTEXT, METHODS, SAME_TOKENIZER
