@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder / "storage", config, output
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """For `pytest -n 2 --dist loadgroup`: a file's tests share their fixtures in one process, and so do all files that
     read the finished pipeline. What takes long begins first.
     """
@@ -54,3 +55,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group("pipeline" if item.path in pipeline else item.path.stem))
     items.sort(key=lambda item: (item.path not in pipeline, item.path not in slow))
+    yield
