@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 # Before any library is imported; child processes inherit it.
 os.environ.update(
@@ -45,14 +46,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder / "storage", config, output
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist, which reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """For `pytest -n 2 --dist loadgroup`: a file's tests share their fixtures in one process, and so do all files that
-    read the finished pipeline. What takes long begins first.
-    """
+PIPELINE = ("tests/test_pipeline.py", "tests/test_jobs.py")  # they read `finished`
+
+
+class Scheduling(LoadFileScheduling):
+    """A file's tests share their fixtures in one process, and so do the files that read the finished pipeline."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return PIPELINE[0] if file in PIPELINE else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first."""
     pipeline = {item.path for item in items if "finished" in getattr(item, "fixturenames", ())}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("pipeline" if item.path in pipeline else item.path.stem))
     items.sort(key=lambda item: (item.path not in pipeline, item.path not in slow))
-    yield
