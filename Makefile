@@ -23,7 +23,7 @@ ui: setup
 	$(BIN)/cdm ui
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@status=0; for tool in 'ruff check .' 'ruff format --check .' mypy; do \

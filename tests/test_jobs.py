@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -56,7 +57,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         yield client
     finally:
         for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-            child.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
         process.wait(60)
 
 
