@@ -26,6 +26,7 @@ ROWS = [{"prompt": f"Question {n}?", "response": f"The answer to question {n} is
 
 ALL_TRAIN: dict[str, Any] = {"validation_share": 1e-12, "test_share": 1e-12}  # no id falls below these
 
+
 def _jsonl(path: Path, rows: list[Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config")
-CORE = ("parts", "alignment", "spelling", "vocab_map", "losses", "pairs", "baselines", "methods")
+CORE = ("parts", "alignment", "spelling", "neighbours", "vocab_map", "losses", "pairs", "baselines", "methods")
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "corpus", "models", "engines", "teacher", "shards"),
     *("batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
