@@ -203,25 +203,23 @@ def _warp(
     """The step that reaches each cell, [N_t, N_s] uint8; edits of cell (i, j): edits[at_t[i], at_s[j]]."""
     n_t, n_s = len(at_t), len(at_s)
     steps = np.empty((n_t, n_s), np.uint8)
-    above, row = np.empty(n_s), np.empty(n_s)
+    row, cost = np.full(n_s + 1, np.inf), np.empty(n_s)  # row[j + 1]: the best way to cell j of the row above
+    row[0] = 0.0
     for i in range(n_t):
+        edits_t = edits[at_t[i]]
+        for j in range(n_s):  # apart from the walk, whose cells wait for one another
+            cost[j] = edits_t[at_s[j]] * weights_t[i] * weights_s[j]
+        diagonal, row[0], left = row[0], np.inf, np.inf
         for j in range(n_s):
-            cost = edits[at_t[i], at_s[j]] * weights_t[i] * weights_s[j]
-            if i == 0 and j == 0:
-                best, step = 0.0, DIAGONAL
-            elif i == 0:
-                best, step = row[j - 1], STUDENT_BACK
-            elif j == 0:
-                best, step = above[j], TEACHER_BACK
-            else:
-                best, step = above[j - 1], DIAGONAL
-                if above[j] < best:
-                    best, step = above[j], TEACHER_BACK
-                if row[j - 1] < best:
-                    best, step = row[j - 1], STUDENT_BACK
-            row[j] = cost + best
+            above = row[j + 1]
+            best, step = diagonal, DIAGONAL
+            if above < best:
+                best, step = above, TEACHER_BACK
+            if left < best:
+                best, step = left, STUDENT_BACK
+            left = cost[j] + best
             steps[i, j] = step
-        above, row = row, above
+            diagonal, row[j + 1] = above, left
     return steps
 
 
