@@ -94,8 +94,8 @@ class Case:
     def cdm(self) -> torch.Tensor:
         """Ours, from what a shard holds."""
         found = exact_bounds(self.ends_s, self.ends_t)
-        groups = (torch.from_numpy(side).long().unfold(0, 2, 1) for side in (found.bounds_s, found.bounds_t))
-        teacher = TeacherRows(*groups, self.ids_t, self.logp_t, self.top.indices, self.top.values)
+        groups_s, groups_t = (torch.from_numpy(x).long().unfold(0, 2, 1) for x in (found.bounds_s, found.bounds_t))
+        teacher = TeacherRows(groups_s, groups_t, self.ids_t, self.logp_t, self.top.indices, self.top.values)
         return METHODS["cdm"](self.logits_s, teacher, self.vocab_map, top_k=K).total
 
     def floor(self) -> torch.Tensor:

@@ -94,12 +94,13 @@ def steps(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
 def _plain(model: StudentModel, optimizer: torch.optim.Optimizer, batch: AlignedBatch) -> None:
     """The step with the model's own loss, called through our module because the hooks of sharding are on it."""
     labels = batch.input_ids
-    hidden_forward = model.forward
-    model.forward = lambda: model.model(input_ids=labels, attention_mask=batch.attention_mask, labels=labels).loss
+    own: Any = model  # its forward is another's for a moment
+    hidden_forward = own.forward
+    own.forward = lambda: own.model(input_ids=labels, attention_mask=batch.attention_mask, labels=labels).loss
     try:
-        model().backward()
+        own().backward()
     finally:
-        model.forward = hidden_forward
+        own.forward = hidden_forward
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -43,9 +43,9 @@ def teacher_rows(rows_s: int, size_t: int, k: int, seed: int = 0) -> TeacherRows
     rows_t = int(ends[-1, 1])
     logp = -np.log(np.arange(1, k + 1) ** 1.2 * rng.uniform(2.0, 8.0, (rows_t, 1))).astype(np.float32)
     ids = rng.integers(0, size_t, (rows_t, k))
-    groups = (torch.from_numpy(np.stack([ends[:, side] - sizes[:, side], ends[:, side]], 1)) for side in (0, 1))
-    top = torch.from_numpy(ids), torch.from_numpy(logp)
-    return TeacherRows(*groups, top[0][:, 0].clone(), top[1][:, 0].clone(), *top)
+    groups_s, groups_t = (torch.from_numpy(np.stack([(ends - sizes)[:, i], ends[:, i]], 1)) for i in (0, 1))
+    top_ids, top_logp = torch.from_numpy(ids), torch.from_numpy(logp)
+    return TeacherRows(groups_s, groups_t, top_ids[:, 0].clone(), top_logp[:, 0].clone(), top_ids, top_logp)
 
 
 def batch(sequences: int, length: int, size_s: int, size_t: int, k: int, seed: int = 0) -> AlignedBatch:

@@ -37,7 +37,7 @@ MAX_LENGTH = 1024
 BATCH_TOKENS = 8192
 PACKAGES = ["argparse", "asyncio", "ctypes", "email", "http", "logging", "multiprocessing", "numpy", "unittest"]
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "layers": 4, "heads": 4, "kv_heads": 2, "context": 2048}
-VLLM = {
+VLLM: dict[str, Any] = {
     "dtype": "bfloat16",
     "tensor_parallel_size": 1,
     "gpu_memory_utilization": 0.4,
@@ -161,14 +161,18 @@ def vllm_ways(model: str) -> dict[str, Way]:
             llm, texts, {"flat_logprobs": True, "detokenize": False}
         ),
         "vllm, this project's rows": lambda texts: mean_logp(engine.token_rows(texts.sequences, texts.starts)),
-        "vllm, prompts alone, no log-probabilities": lambda texts: generate(llm, texts, {"detokenize": False}) and None,
+        "vllm, prompts alone, no log-probabilities": lambda texts: _forget(generate(llm, texts, {"detokenize": False})),
     }
+
+
+def _forget(outputs: list[Any]) -> None:
+    """Prompts alone tell no log-probability."""
 
 
 def memory() -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"gpu_memory_utilization": VLLM["gpu_memory_utilization"]}
-    return {"kv_cache_memory_bytes": int(float(VLLM["kv_cache_gib"]) * 2**30)}
+    return {"kv_cache_memory_bytes": int(VLLM["kv_cache_gib"] * 2**30)}
 
 
 def generate(llm: Any, texts: Texts, options: dict[str, Any]) -> list[Any]:

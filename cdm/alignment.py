@@ -129,7 +129,10 @@ def dtw_bounds(texts_s: Sequence[str], texts_t: Sequence[str], weights_s: ArrayL
     _check_both(len(texts_s), len(texts_t))
     if len(texts_s) == 0:
         return _empty()
-    bounds_s, bounds_t = _trace(_warp(_edit_distances(texts_s, texts_t), w_s, w_t))
+    unique_s, at_s = _distinct(texts_s)
+    unique_t, at_t = _distinct(texts_t)
+    edits = cdist(unique_t, unique_s, scorer=Levenshtein.distance, dtype=np.int32)
+    bounds_s, bounds_t = _trace(_warp(edits, at_s, at_t, w_s, w_t))
     return Alignment(bounds_s, bounds_t)
 
 
@@ -146,15 +149,8 @@ def _check_both(n_s: int, n_t: int) -> None:
         raise ValueError(f"one side is empty ({n_s} student tokens, {n_t} teacher tokens): no group can cover both")
 
 
-def _edit_distances(texts_s: Sequence[str], texts_t: Sequence[str]) -> np.ndarray:
-    """[N_t, N_s] int32; each distinct text is compared once."""
-    unique_s, at_s = _distinct(texts_s)
-    unique_t, at_t = _distinct(texts_t)
-    distances = cdist(unique_t, unique_s, scorer=Levenshtein.distance, dtype=np.int32)
-    return distances[at_t[:, None], at_s[None, :]]
-
-
 def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The different texts without their spaces, and which of them each text is: only those are compared."""
     index: dict[str, int] = {}
     at = np.array([index.setdefault(text.replace(" ", ""), len(index)) for text in texts], dtype=np.int64)
     return list(index), at
@@ -201,29 +197,29 @@ def _walk(ends_s: np.ndarray, ends_t: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 @njit(cache=True)
-def _warp(distances: np.ndarray, weights_s: np.ndarray, weights_t: np.ndarray) -> np.ndarray:
-    """The step that reaches each cell, [N_t, N_s] uint8."""
-    n_t, n_s = distances.shape
+def _warp(
+    edits: np.ndarray, at_s: np.ndarray, at_t: np.ndarray, weights_s: np.ndarray, weights_t: np.ndarray
+) -> np.ndarray:
+    """The step that reaches each cell, [N_t, N_s] uint8; edits of cell (i, j): edits[at_t[i], at_s[j]]."""
+    n_t, n_s = len(at_t), len(at_s)
     steps = np.empty((n_t, n_s), np.uint8)
-    above, row = np.empty(n_s), np.empty(n_s)
+    row, cost = np.full(n_s + 1, np.inf), np.empty(n_s)  # row[j + 1]: the best way to cell j of the row above
+    row[0] = 0.0
     for i in range(n_t):
+        edits_t = edits[at_t[i]]
+        for j in range(n_s):  # apart from the walk, whose cells wait for one another
+            cost[j] = edits_t[at_s[j]] * weights_t[i] * weights_s[j]
+        diagonal, row[0], left = row[0], np.inf, np.inf
         for j in range(n_s):
-            cost = distances[i, j] * weights_t[i] * weights_s[j]
-            if i == 0 and j == 0:
-                best, step = 0.0, DIAGONAL
-            elif i == 0:
-                best, step = row[j - 1], STUDENT_BACK
-            elif j == 0:
-                best, step = above[j], TEACHER_BACK
-            else:
-                best, step = above[j - 1], DIAGONAL
-                if above[j] < best:
-                    best, step = above[j], TEACHER_BACK
-                if row[j - 1] < best:
-                    best, step = row[j - 1], STUDENT_BACK
-            row[j] = cost + best
+            above = row[j + 1]
+            best, step = diagonal, DIAGONAL
+            if above < best:
+                best, step = above, TEACHER_BACK
+            if left < best:
+                best, step = left, STUDENT_BACK
+            left = cost[j] + best
             steps[i, j] = step
-        above, row = row, above
+            diagonal, row[j + 1] = above, left
     return steps
 
 

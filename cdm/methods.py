@@ -46,8 +46,7 @@ def cdm(
     if len(teacher.groups_s) == 0:
         return nothing(student)
     pairs = pair_rows(student, teacher, top_k, rows)
-    map_t_to_s = vocab_map.dynamic(pairs.ids_t, pairs.top_s)
-    map_s_to_t = vocab_map.reverse.dynamic(pairs.top_s, pairs.ids_t)
+    map_t_to_s, map_s_to_t = vocab_map.both(pairs.ids_t, pairs.top_s)
     k = map_t_to_s.shape[1]
     z = pairs.pick(torch.cat([map_t_to_s.clamp_min(0), pairs.top_s], 1))
     both = losses.cdm_directions(

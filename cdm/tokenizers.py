@@ -58,7 +58,8 @@ class Tokenizer:
 
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The tokens as strings (UTF-8 with `surrogateescape`); special tokens are empty."""
-        return [(self.token_bytes(int(i)) or b"").decode("utf-8", "surrogateescape") for i in ids]
+        pieces = map(self.token_bytes, np.asarray(ids, dtype=np.int64).tolist())
+        return ["" if piece is None else piece.decode("utf-8", "surrogateescape") for piece in pieces]
 
     def encode_with_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and byte ends of `text`, without special tokens. Two int32 arrays of shape [N].

@@ -12,7 +12,6 @@ import json
 import os
 import uuid
 import zipfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from cdm.spelling import near_texts
+from cdm.neighbours import NeighbourGraph, near_graph
 
 FORMAT_VERSION = 1
 
@@ -42,20 +41,6 @@ class Vocabulary(Protocol):
 
 ROLES = ("end_of_turn", "eos", "bos", "pad")
 PAIRS_PER_CHUNK = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class NeighbourGraph:
-    """Near spellings in compressed rows, ids rising. starts int64 [V+1], ids int32 [E], distances float32 [E]."""
-
-    starts: np.ndarray
-    ids: np.ndarray
-    distances: np.ndarray
-
-    def transposed(self, size: int) -> NeighbourGraph:
-        """The same edges by column; `size` is the number of columns."""
-        rows = np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), np.diff(self.starts))
-        return _graph(self.ids, rows, self.distances, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +65,7 @@ class VocabMap:
     @cached_property
     def reverse(self) -> VocabMap:
         """The other direction: `.reverse.dynamic(top_s, top_t)` gives live teacher ids, else -1."""
-        return replace(
+        twin = replace(
             self,
             exact=self.inverse,
             inverse=self.exact,
@@ -92,12 +77,13 @@ class VocabMap:
             fingerprint_t=self.fingerprint_s,
             live_only=not self.live_only,
         )
+        twin.__dict__["reverse"] = self  # what is cached of either side, on a device above all, serves both
+        return twin
 
     def images(self, ids_t: torch.Tensor) -> torch.Tensor:
         """The exact image of each teacher id, -1 where there is none or the id is beyond the vocabulary. Any shape."""
-        size = len(self.exact)
-        image = _on_device(self, ids_t.device)[0][ids_t.clamp(0, size - 1)]
-        return torch.where((ids_t >= 0) & (ids_t < size), image, -1)
+        forward = self.reverse if self.live_only else self
+        return _images(_on_device(forward, ids_t.device)[int(self.live_only)], ids_t)
 
     @overload
     def dynamic(self, top_t: np.ndarray, top_s: np.ndarray) -> np.ndarray: ...
@@ -110,13 +96,24 @@ class VocabMap:
         below the threshold; the better-ranked one on ties. Ids beyond a vocabulary (padded embedding rows) and
         negative ids are unmapped. int64, of the inputs' kind and device; an accelerator is never waited for.
         """
+        return self.both(top_t, top_s)[0]
+
+    @overload
+    def both(self, top_t: np.ndarray, top_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+    @overload
+    def both(self, top_t: torch.Tensor, top_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def both(self, top_t, top_s):  # type: ignore[no-untyped-def]
+        """`self.dynamic(top_t, top_s)` and `self.reverse.dynamic(top_s, top_t)`, from one join."""
         if top_t.ndim != 2 or top_s.ndim != 2 or len(top_t) != len(top_s):
             raise ValueError(f"top ids must be [G, K] and [G, K'], got {tuple(top_t.shape)} and {tuple(top_s.shape)}")
+        if self.live_only:
+            return self.reverse.both(top_s, top_t)[::-1]
         if isinstance(top_t, np.ndarray):
-            return self._join(top_t, top_s)
+            return self._joined(top_t, top_s)
         if top_t.device.type == "cpu":
-            return torch.from_numpy(self._join(top_t.numpy(), top_s.numpy()))
-        return dynamic_on_device(self, top_t, top_s)
+            t_to_s, s_to_t = self._joined(top_t.numpy(), top_s.numpy())
+            return torch.from_numpy(t_to_s), torch.from_numpy(s_to_t)
+        return both_on_device(self, top_t, top_s)
 
     def save(self, path: str | Path) -> None:
         """Write one `.npz` (no pickle) under a temporary name, fsync, rename. The same map gives the same bytes."""
@@ -161,12 +158,9 @@ class VocabMap:
             meta["live_only"],
         )
 
-    def _join(self, top_t: np.ndarray, top_s: np.ndarray) -> np.ndarray:
+    def _joined(self, top_t: np.ndarray, top_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         top_t, top_s = np.ascontiguousarray(top_t, dtype=np.int64), np.ascontiguousarray(top_s, dtype=np.int64)
-        graph = self.graph
-        return _dynamic(
-            top_t, top_s, self.exact, self.inverse, graph.starts, graph.ids, graph.distances, self.live_only
-        )
+        return _join(top_t, top_s, self.exact, self.inverse, self.graph.starts, self.graph.ids, self.graph.distances)
 
 
 def build_vocab_map(
@@ -183,10 +177,8 @@ def build_vocab_map(
         raise ValueError(f"mapping threshold {threshold} must be in [0, 1]")
     exact = exact_map(tokenizer_s, tokenizer_t)
     inverse = exact_map(tokenizer_t, tokenizer_s)
-    free_t = _free_texts(tokenizer_t, inverse, protect)
-    free_s = _free_texts(tokenizer_s, exact, protect)
-    rows, columns, distances = _near_pairs(free_t, free_s, threshold, protect)
-    graph = _graph(rows, columns, distances, tokenizer_t.vocab_size)
+    pieces_t, pieces_s = tokenizer_t.all_token_bytes(), tokenizer_s.all_token_bytes()
+    graph = near_graph(pieces_t, pieces_s, exact, inverse, threshold, protect)
     back = graph.transposed(tokenizer_s.vocab_size)
     return VocabMap(
         exact,
@@ -246,62 +238,61 @@ def exact_map(tokenizer_s: Vocabulary, tokenizer_t: Vocabulary) -> np.ndarray:
 
 def dynamic_on_device(vocab_map: VocabMap, top_t: torch.Tensor, top_s: torch.Tensor) -> torch.Tensor:
     """`VocabMap.dynamic` in torch operations alone: shapes depend on G and K only, so nothing waits for the device."""
-    _, keys, distances = _on_device(vocab_map, top_t.device)
-    size_t, size_s = len(vocab_map.exact), len(vocab_map.inverse)
-    k_s = top_s.shape[1]
-    image = vocab_map.images(top_t)
-    if top_t.numel() == 0 or k_s == 0:
-        return torch.full_like(image, -1) if vocab_map.live_only else image
-    out = []
-    for a, b, em in _group_chunks(top_t, top_s, image, k_s):
-        if vocab_map.live_only:
-            inside = (em[:, :, None] == b[:, None, :]).any(-1)
-            found = torch.where(inside, em, -1)
-        else:
-            found = em
+    return both_on_device(vocab_map, top_t, top_s)[0]
+
+
+def both_on_device(vocab_map: VocabMap, top_t: torch.Tensor, top_s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`VocabMap.both` in torch operations alone."""
+    if vocab_map.live_only:
+        t_to_s, s_to_t = both_on_device(vocab_map.reverse, top_s, top_t)
+        return s_to_t, t_to_s
+    exact, inverse, keys, distances = _on_device(vocab_map, top_t.device)
+    size_t, size_s = len(exact), len(inverse)
+    image_t, image_s = _images(exact, top_t), _images(inverse, top_s)
+    if top_t.numel() == 0 or top_s.numel() == 0:
+        return image_t, torch.full_like(image_s, -1)
+    out_t, out_s = [], []
+    groups = max(1, PAIRS_PER_CHUNK // (top_t.shape[1] * top_s.shape[1]))
+    chunks = (x.split(groups) for x in (top_t, top_s, image_t, image_s))
+    for a, b, image_a, image_b in zip(*chunks, strict=True):
         known = ((a >= 0) & (a < size_t))[:, :, None] & ((b >= 0) & (b < size_s))[:, None, :]
         key = torch.where(known, a[:, :, None] * size_s + b[:, None, :], -1)
         at = torch.searchsorted(keys, key).clamp_(max=len(keys) - 1)
         distance = torch.where(keys[at] == key, distances[at], torch.inf)
-        best, rank = _first_minimum(distance)
-        near = torch.where(torch.isfinite(best), b.gather(1, rank), -1)
-        out.append(torch.where(em >= 0, found, near))
-    return torch.cat(out)
+        live = (image_b[:, :, None] == a[:, None, :]).any(-1)
+        out_t.append(torch.where(image_a >= 0, image_a, _nearest(distance, b)))
+        out_s.append(torch.where(image_b >= 0, image_b.masked_fill(~live, -1), _nearest(distance.mT, a)))
+    return torch.cat(out_t), torch.cat(out_s)
 
 
-def _first_minimum(distance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest value of the last axis and its first place; `argmin` alone promises no order on ties."""
+def _nearest(distance: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The first of `ids` [G, K'] at the smallest of distances [G, K, K'], -1 where all are infinite: [G, K]."""
     best = distance.amin(-1)
     ranks = torch.arange(distance.shape[-1], device=distance.device)
+    # `argmin` alone promises no order on ties
     first = torch.where(distance == best[..., None], ranks, distance.shape[-1]).amin(-1)
-    return best, first
+    return torch.where(torch.isfinite(best), ids.gather(1, first), -1)
 
 
-def _group_chunks(
-    top_t: torch.Tensor, top_s: torch.Tensor, image: torch.Tensor, k_s: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    groups = max(1, PAIRS_PER_CHUNK // (top_t.shape[1] * k_s))
-    return zip(top_t.split(groups), top_s.split(groups), image.split(groups), strict=True)
+def _images(images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return torch.where((ids >= 0) & (ids < len(images)), images[ids.clamp(0, len(images) - 1)], -1)
 
 
 @lru_cache(maxsize=16)
-def _on_device(vocab_map: VocabMap, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The map as tensors: exact [V_t], sorted edge keys a * V_s + b [E], distances [E]. Never empty."""
+def _on_device(vocab_map: VocabMap, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The map as tensors: exact [V_t], inverse [V_s], sorted edge keys a * V_s + b [E], distances [E]. Never empty."""
     graph = vocab_map.graph
     rows = np.repeat(np.arange(len(graph.starts) - 1, dtype=np.int64), np.diff(graph.starts))
     keys = rows * len(vocab_map.inverse) + graph.ids
     distances = graph.distances
     if len(keys) == 0:
         keys, distances = np.array([np.iinfo(np.int64).max]), np.array([np.inf], dtype=np.float32)
-    return (
-        torch.from_numpy(vocab_map.exact.astype(np.int64)).to(device),
-        torch.from_numpy(keys).to(device),
-        torch.from_numpy(distances).to(device),
-    )
+    arrays = (vocab_map.exact.astype(np.int64), vocab_map.inverse.astype(np.int64), keys, distances)
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
 @njit(cache=True)
-def _dynamic(
+def _join(
     top_t: np.ndarray,
     top_s: np.ndarray,
     exact: np.ndarray,
@@ -309,98 +300,58 @@ def _dynamic(
     starts: np.ndarray,
     ids: np.ndarray,
     distances: np.ndarray,
-    live_only: bool,
-) -> np.ndarray:
-    size_t, size_s = len(exact), len(inverse)
-    out = np.full(top_t.shape, -1, np.int64)
-    rank = np.zeros(size_s, np.int32)  # 1 + the place of an id among the live ones, 0 where it is not live
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both directions: each edge between live ids is met once, and is a candidate at either end."""
+    t_to_s, s_to_t = np.full(top_t.shape, -1, np.int64), np.full(top_s.shape, -1, np.int64)
+    rank_t, rank_s = np.zeros(len(exact), np.int32), np.zeros(len(inverse), np.int32)
+    nearest_s = np.empty(top_s.shape[1], np.float32)
     for g in range(len(top_t)):
-        for k in range(top_s.shape[1] - 1, -1, -1):
-            if 0 <= top_s[g, k] < size_s:
-                rank[top_s[g, k]] = k + 1
+        _rank(top_t[g], rank_t)
+        _rank(top_s[g], rank_s)
+        nearest_s[:] = np.inf
         for k in range(top_t.shape[1]):
             a = top_t[g, k]
-            if a < 0 or a >= size_t:
+            if a < 0 or a >= len(exact):
                 continue
-            if exact[a] >= 0:
-                if not live_only or rank[exact[a]] > 0:
-                    out[g, k] = exact[a]
-                continue
-            best, best_rank = np.float32(np.inf), 0
+            nearest, first = np.float32(np.inf), 0
             for e in range(starts[a], starts[a + 1]):
-                r = rank[ids[e]]
-                if r > 0 and (distances[e] < best or (distances[e] == best and r < best_rank)):
-                    best, best_rank = distances[e], r
-            if best_rank > 0:
-                out[g, k] = top_s[g, best_rank - 1]
+                rank = rank_s[ids[e]]
+                if rank == 0:
+                    continue
+                if distances[e] < nearest or (distances[e] == nearest and rank < first):
+                    nearest, first = distances[e], rank
+                if distances[e] < nearest_s[rank - 1]:  # on ties the earlier k, which ranks better
+                    nearest_s[rank - 1], s_to_t[g, rank - 1] = distances[e], a
+            if exact[a] >= 0:
+                t_to_s[g, k] = exact[a]
+            elif first > 0:
+                t_to_s[g, k] = top_s[g, first - 1]
         for k in range(top_s.shape[1]):
-            if 0 <= top_s[g, k] < size_s:
-                rank[top_s[g, k]] = 0
-    return out
+            b = top_s[g, k]
+            if b < 0 or b >= len(inverse):
+                continue
+            if inverse[b] >= 0:
+                s_to_t[g, k] = inverse[b] if rank_t[inverse[b]] > 0 else -1
+            else:  # an id that is named twice goes by its first place
+                s_to_t[g, k] = s_to_t[g, rank_s[b] - 1]
+        _unrank(top_t[g], rank_t)
+        _unrank(top_s[g], rank_s)
+    return t_to_s, s_to_t
 
 
-def _free_texts(tokenizer: Vocabulary, images: np.ndarray, protect: bool) -> dict[str, list[int]]:
-    """Texts without spaces -> the ids spelled so, of the tokens that are no exact image of the other side's tokens."""
-    taken = set(images.tolist())
-    texts: dict[str, list[int]] = {}
-    for token_id, piece in enumerate(tokenizer.all_token_bytes()):
-        if piece is None or token_id in taken:
-            continue
-        text = piece.decode("utf-8", "surrogateescape").replace(" ", "")
-        if text and (not protect or any(c.isalpha() for c in text)):
-            texts.setdefault(text, []).append(token_id)
-    return texts
+@njit(cache=True)
+def _rank(top: np.ndarray, rank: np.ndarray) -> None:
+    """1 + the first place of each live id; `rank` is 0 everywhere else."""
+    for k in range(len(top) - 1, -1, -1):
+        if 0 <= top[k] < len(rank):
+            rank[top[k]] = k + 1
 
 
-def _near_pairs(
-    free_t: dict[str, list[int]], free_s: dict[str, list[int]], threshold: float, protect: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All (teacher id, student id, distance) with distance < threshold."""
-    buckets_t, buckets_s = _buckets(free_t, protect), _buckets(free_s, protect)
-    rows, columns, distances = [], [], []
-    for key in sorted(buckets_t.keys() & buckets_s.keys()):
-        texts_t, texts_s = buckets_t[key], buckets_s[key]
-        i, j, distance = near_texts(texts_t, texts_s, threshold)
-        row, column, pair = _expand([free_t[text] for text in texts_t], [free_s[text] for text in texts_s], i, j)
-        rows.append(row)
-        columns.append(column)
-        distances.append(distance[pair])
-    if not rows:
-        return np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return np.concatenate(rows), np.concatenate(columns), np.concatenate(distances)
-
-
-def _buckets(texts: dict[str, list[int]], protect: bool) -> dict[str, list[str]]:
-    """Texts by the digits that they hold: only texts of one bucket are ever compared."""
-    out: dict[str, list[str]] = {}
-    for text in texts:
-        digits = "".join(c for c in text if c.isdigit()) if protect else ""
-        out.setdefault(digits, []).append(text)
-    return out
-
-
-def _expand(
-    ids_t: Sequence[Sequence[int]], ids_s: Sequence[Sequence[int]], i: np.ndarray, j: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pairs of texts -> all pairs of their ids, and which pair of texts each came from."""
-    flat_t, starts_t = _ragged(ids_t)
-    flat_s, starts_s = _ragged(ids_s)
-    n_t, n_s = np.diff(starts_t)[i], np.diff(starts_s)[j]
-    pair = np.repeat(np.arange(len(i)), n_t * n_s)
-    within = np.arange(len(pair)) - np.repeat(np.cumsum(n_t * n_s) - n_t * n_s, n_t * n_s)
-    rows = flat_t[starts_t[i][pair] + within // n_s[pair]]
-    return rows, flat_s[starts_s[j][pair] + within % n_s[pair]], pair
-
-
-def _ragged(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    starts = np.cumsum([0, *(len(ids) for ids in lists)])
-    return np.array([i for ids in lists for i in ids], dtype=np.int32), starts
-
-
-def _graph(rows: np.ndarray, columns: np.ndarray, distances: np.ndarray, size: int) -> NeighbourGraph:
-    order = np.lexsort((columns, rows))
-    starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(rows, minlength=size))])
-    return NeighbourGraph(starts, columns[order].astype(np.int32), distances[order].astype(np.float32))
+@njit(cache=True)
+def _unrank(top: np.ndarray, rank: np.ndarray) -> None:
+    for token_id in top:
+        if 0 <= token_id < len(rank):
+            rank[token_id] = 0
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

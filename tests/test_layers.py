@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods", "config")
 CORE = (
-    *("parts", "top_k", "codec", "alignment", "spelling", "vocab_map", "losses", "rows", "head", "pairs", "baselines"),
-    *("methods", "pieces", "step"),
+    *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
+    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "step"),
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),

@@ -99,13 +99,14 @@ def test_bad_thresholds(bad: float) -> None:
 def test_dynamic_is_the_slow_twin(
     pieces_s: list[bytes | None], pieces_t: list[bytes | None], threshold: float, protect: bool, seed: int
 ) -> None:
-    """Duplicate bytes, holes, broken UTF-8; ids beyond the vocabularies and padding among the top ids."""
+    """Duplicate bytes, holes, broken UTF-8; ids beyond the vocabularies, padding and repetitions among the top ids."""
     student, teacher = Vocabulary(tuple(pieces_s)), Vocabulary(tuple(pieces_t))
     one_way = build_vocab_map(student, teacher, threshold, protect)
     assert one_way.exact.tolist() == slow_twins.exact_map(pieces_s, pieces_t)
     random = np.random.default_rng(seed)
     top_t = np.stack([random.permutation(np.arange(-1, len(pieces_t) + 3)) for _ in range(3)])[:, :9]
     top_s = np.stack([random.permutation(np.arange(-1, len(pieces_s) + 3)) for _ in range(3)])[:, :7]
+    top_t[2], top_s[2] = random.choice(top_t[2], top_t.shape[1]), random.choice(top_s[2], top_s.shape[1])  # named twice
     for each, a, b, x, y in (
         (one_way, top_t, top_s, pieces_t, pieces_s),
         (one_way.reverse, top_s, top_t, pieces_s, pieces_t),
@@ -118,6 +119,8 @@ def test_dynamic_is_the_slow_twin(
         assert each.dynamic(a, b).tolist() == wanted
         assert each.dynamic(torch.from_numpy(a), torch.from_numpy(b)).tolist() == wanted
         assert dynamic_on_device(each, torch.from_numpy(a), torch.from_numpy(b)).tolist() == wanted
+        assert [one.tolist() for one in each.both(a, b)] == [wanted, each.reverse.dynamic(b, a).tolist()]
+    assert one_way.reverse.reverse is one_way
 
 
 def test_the_device_path_in_chunks_and_nothing_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +210,7 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def build_in_process(student: str, teacher: str, folder: str) -> None:
-    cached_vocab_map(load_tokenizer(student), load_tokenizer(teacher), 0.3, True, folder)
+    assert len(cached_vocab_map(load_tokenizer(student), load_tokenizer(teacher), 0.3, True, folder).exact)
 
 
 def test_the_cache_is_keyed_and_safe_when_several_ask(tmp_path: Path) -> None:
@@ -232,6 +235,21 @@ def test_the_cache_is_keyed_and_safe_when_several_ask(tmp_path: Path) -> None:
     others = {vocab_map_file(*pair, 0.2, True, folder), vocab_map_file(*pair, 0.3, False, folder)}
     others.add(vocab_map_file(pair[1], pair[0], 0.3, True, folder))
     assert len(others | {path}) == 4
+
+
+def test_several_ask_for_a_map_of_real_size(real_data: Path, tmp_path: Path) -> None:
+    """Whoever comes later reads a whole file or builds the same bytes: 32,000 x 50,257 ids, a million edges."""
+    names = [str(real_data / "tokenizers" / name) for name in ("gpt2", "llama2")]
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=build_in_process, args=(*names, str(tmp_path / "maps"))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    (path,) = (tmp_path / "maps").iterdir()
+    VocabMap.load(path).save(tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.gpu
