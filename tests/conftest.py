@@ -46,15 +46,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     return folder / "storage", config, output
 
 
-PIPELINE = ("tests/test_pipeline.py", "tests/test_jobs.py")  # they read `finished`
+# Files that share what is slow to make: the finished pipeline, the real tokenizers.
+TOGETHER = {
+    "tests/test_jobs.py": "tests/test_pipeline.py",
+    "tests/test_exactness.py": "tests/test_golden.py",
+    "tests/test_tokenizers.py": "tests/test_golden.py",
+}
 
 
 class Scheduling(LoadFileScheduling):
-    """A file's tests share their fixtures in one process, and so do the files that read the finished pipeline."""
+    """A file's tests run in one process, and so do the files of TOGETHER."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return PIPELINE[0] if file in PIPELINE else file
+        return TOGETHER.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling:

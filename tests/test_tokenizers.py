@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cdm.records import Message
-from cdm.tokenizers import TokenizationError, Tokenizer, check_lossless, load_tokenizer
+from cdm.tokenizers import TokenizationError, Tokenizer, load_tokenizer
 from tests import tiny
 from tests.slow_twins import real_tokenizer
 
@@ -178,25 +178,6 @@ def test_fingerprint_is_of_the_content(tokenizer: Tokenizer, tmp_path: Path) -> 
 def test_nothing_to_load(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no tokenizer(\.json)? could be read"):
         load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_real_tokenizers_spell_hard_texts_or_refuse(real_data: Path, name: str) -> None:
-    tokenizer = real_tokenizer(real_data / "tokenizers" / name)
-    if name in LOSSY:
-        with pytest.raises(ValueError, match="loses text by design"):
-            check_lossless(tokenizer)
-        return
-    check_lossless(tokenizer)
-    refused = 0
-    for text in HARD:
-        try:
-            assert spelled(tokenizer, text) == text.encode()
-        except TokenizationError as error:
-            refused += 1
-            assert name in str(error)
-    # Text with a space mark in it, text that is not NFC, bytes that a vocabulary of 2,000 lacks.
-    assert refused <= (len(HARD) if name == "tiny-2k" else 8)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama2", "opt", "phi-3", "mistral-v3-hf", "starcoder"])
