@@ -1,4 +1,4 @@
-"""What a training run keeps: sharded checkpoints that any number of workers restores, and the exported student."""
+"""What a training run keeps while it runs: sharded checkpoints that any number of workers restores (layer 2)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +18,13 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.checkpoint.stateful import Stateful
 
-from cdm import parts
-from cdm.tokenizers import load_tokenizer
-
 Metrics = dict[str, float]
-ABOUT = "cdm.json"
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class Checkpoints(Protocol):
@@ -34,12 +33,15 @@ class Checkpoints(Protocol):
     def latest(self) -> AbstractContextManager[str] | None:
         """A local folder of the newest complete checkpoint, if there is one."""
 
+    def at(self, step: int) -> AbstractContextManager[str]:
+        """A local folder of the complete checkpoint of a step that is kept."""
+
     def save(self, step: int, write: Callable[[str], None], metrics: Metrics) -> None:
-        """Keeps what `write(folder)` writes."""
+        """Keeps what `write(folder)` writes, and besides the newest that of step `metrics["best_step"]`, 0: none."""
 
 
 class FolderCheckpoints:
-    """Checkpoints in a folder that every process sees; the newest is kept."""
+    """Checkpoints in a folder that every process sees; the newest and the best are kept."""
 
     def __init__(self, folder: str) -> None:
         self._folder = Path(folder)
@@ -50,7 +52,11 @@ class FolderCheckpoints:
     def latest(self) -> AbstractContextManager[str] | None:
         return nullcontext(str(self._steps()[-1])) if self._steps() else None
 
+    def at(self, step: int) -> AbstractContextManager[str]:
+        return nullcontext(str(self._folder / f"step_{step:08d}"))
+
     def save(self, step: int, write: Callable[[str], None], metrics: Metrics) -> None:
+        best = f"step_{int(metrics['best_step']):08d}"
         unfinished = self._folder / f"unfinished_{step:08d}"
         unfinished.mkdir(parents=True, exist_ok=True)
         write(str(unfinished))
@@ -59,72 +65,89 @@ class FolderCheckpoints:
             older = self._steps()
             os.replace(unfinished, self._folder / f"step_{step:08d}")
             for folder in older:
-                shutil.rmtree(folder)
+                if folder.name != best:
+                    shutil.rmtree(folder)
         dist.barrier()
 
 
-class _TrainingState(Stateful):
-    """Everything a step depends on; the schedule and the data position are functions of `step`."""
+@dataclass(frozen=True)
+class Progress:
+    """What a run has done, beside its weights and its optimiser's state.
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
-        self.model, self.optimizer, self.step, self.seconds = model, optimizer, step, seconds
+    seconds: of the steps, over restarts. best: the value of the validation metric at best_step, the best so far; stale:
+    validations since. skipped: steps without an update; in_doubt: the documents of those that came last, in a row.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+    stale: int = 0
+    skipped: int = 0
+    in_doubt: tuple[tuple[str, ...], ...] = ()
+
+
+class _TrainingState(Stateful):
+    """Everything a step depends on; the schedule and the data position are functions of the step.
+
+    Weights that are not trained are those of the model that the run began with, and are not kept.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        self.model, self.optimizer, self.progress = model, optimizer, progress
 
     def state_dict(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.step, "seconds": self.seconds}
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED)
+        return {"model": model, "optimizer": optimizer, "progress": json.dumps(asdict(self.progress))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        model, optimizer = state["model"], state["optimizer"]
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer, options=TRAINED)
+        progress = json.loads(state["progress"])
+        self.progress = Progress(**progress | {"in_doubt": tuple(map(tuple, progress["in_doubt"]))})
+
+
+class _Weights(Stateful):
+    """The weights of a training state alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": get_model_state_dict(self.model, options=TRAINED)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        set_model_state_dict(self.model, state["model"], options=TRAINED)
 
 
 def save(
     checkpoints: Checkpoints,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    *,
-    step: int,
-    seconds: float,
+    progress: Progress,
     metrics: Metrics,
 ) -> None:
-    """A sharded checkpoint after `step` steps that took `seconds` of training. Collective: called by every process."""
-    state = _TrainingState(model, optimizer, step, seconds)
-    checkpoints.save(step, lambda folder: dcp.save({"training": state}, checkpoint_id=folder), metrics)
+    """A sharded checkpoint. Collective: called by every process."""
+    state = _TrainingState(model, optimizer, progress)
+    checkpoints.save(
+        progress.step,
+        lambda folder: dcp.save({"training": state}, checkpoint_id=folder),
+        metrics | {"best_step": progress.best_step},
+    )
 
 
-def restore(checkpoints: Checkpoints, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Loads the newest checkpoint into model and optimizer. Returns the steps and seconds done. Collective."""
+def restore(checkpoints: Checkpoints, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Loads the newest checkpoint into model and optimizer. Returns what is done. Collective."""
     latest = checkpoints.latest()
     if latest is None:
-        return 0, 0.0
-    state = _TrainingState(model, optimizer, 0, 0.0)
+        return Progress()
+    state = _TrainingState(model, optimizer, Progress())
     with latest as folder:
         dcp.load({"training": state}, checkpoint_id=folder)
-    return state.step, state.seconds
+    return state.progress
 
 
-def export_model(model: Any, tokenizer: str, revision: str | None, folder: str, about: dict[str, Any]) -> None:
-    """Gathers the weights and writes an ordinary Hugging Face folder (safetensors), whole or not at all. Collective.
-
-    `about` goes beside the weights as `cdm.json`: how this student was made.
-    """
-    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        weights = {name.removeprefix("model."): value for name, value in gathered.items()}
-        unfinished = Path(f"{folder}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        model.model.save_pretrained(unfinished, state_dict=weights)
-        load_tokenizer(tokenizer, revision=revision).hf.save_pretrained(unfinished)
-        (unfinished / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for file in unfinished.iterdir():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
-        os.replace(unfinished, folder)
-        parts.fsync_folder(str(Path(folder).parent))
-    dist.barrier()
-
-
-def read_about(folder: str) -> dict[str, Any]:
-    """How an exported student was made."""
-    return json.loads((Path(folder) / ABOUT).read_text(encoding="utf-8"))
+def restore_weights(checkpoints: Checkpoints, model: torch.nn.Module, step: int) -> None:
+    """Loads the weights of the checkpoint of a step. Collective."""
+    with checkpoints.at(step) as folder:
+        dcp.load({"training": _Weights(model)}, checkpoint_id=folder)

@@ -14,15 +14,17 @@ from functools import cached_property
 from pathlib import Path
 
 from cdm import __version__, parts
+from cdm.checkpoints import Metrics
 from cdm.config import Config, digest, storage_path
 from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, write_corpus
+from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
 from cdm.models import build_model, model_identity
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
-from cdm.student import Metrics, TrainingJob
+from cdm.student import TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment, MlflowTracker, Tracker
 from cdm.vocab_map import vocab_map_file
@@ -261,8 +263,6 @@ class Pipeline:
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
         """A file a teacher; None where teacher and student share the tokenizer."""
-        if isinstance(method, Sft):
-            return (None,) * len(self.teachers)
         student = self.student.tokenizer
         found: list[str | None] = []
         for model in self.teachers:
@@ -290,7 +290,7 @@ class Pipeline:
         weights = tuple(teacher.weight for teacher in self.config.teachers)
         folder = self.aligned(method)
         aligned = parts.read_manifest(folder).fingerprint
-        steps = optimisation.model_dump(mode="json", exclude={"model"})
+        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage"})
         identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
         export = self.folder("students", f"{self.config.name}-{method.type}-{identity}")
         if Path(export).exists():
@@ -300,6 +300,7 @@ class Pipeline:
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
             optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
             maps=self.maps(method), weights=weights, seed=self.config.seed, export=export,
+            lora=optimisation.lora, freeze_embeddings=optimisation.freeze_embeddings,
         )  # fmt: skip
         self._train(f"train {label(method)}", job, identity)
         return export
@@ -318,7 +319,7 @@ class Pipeline:
                 run=run.ref if isinstance(run, MlflowTracker) else None,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
-            view.update(job.optimisation.steps)
+            view.update(read_about(job.export)["steps"])
 
     # --- evaluation
 

@@ -14,13 +14,15 @@ from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cdm.checkpoints import Metrics
 from cdm.config import StudentPool
-from cdm.student import Metrics, TrainingJob, train
+from cdm.student import TrainingJob, train
 from cdm.tracking import RunRef, Tracker, open_run
 from ray_jobs.cluster import use_cpus
 
 OnMetrics = Callable[[int, Metrics], None]
 POLL_SECONDS = 0.5
+SCORE = "score"
 
 
 class RayCheckpoints:
@@ -36,12 +38,18 @@ class RayCheckpoints:
         checkpoint = ray.train.get_checkpoint()
         return checkpoint.as_directory() if checkpoint else None
 
+    def at(self, step: int) -> AbstractContextManager[str]:
+        kept = {one.metrics["step"]: one.checkpoint for one in ray.train.get_all_reported_checkpoints()}
+        return kept[step].as_directory()
+
     def save(self, step: int, write: Callable[[str], None], metrics: Metrics) -> None:
         self._tracker.flush()
+        # Ray keeps the highest scores besides the newest: the last that was the best is the best.
+        metrics = metrics | {"step": step, SCORE: step if metrics["best_step"] == step else 0}
         with tempfile.TemporaryDirectory() as folder:
             write(folder)
             checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(metrics | {"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
+            ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
 
 
 @ray.remote(num_cpus=0)
@@ -79,7 +87,9 @@ def run_training(
             name=name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=pool.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"
+            ),
         ),
     )
     with _Watch(board, on_metrics):
