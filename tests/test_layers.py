@@ -24,7 +24,7 @@ STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
-    *("grouping", "batches", "preflight", "evaluation", "checkpoints", "validation", "adapters", "export", "student"),
+    *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
     *("tracking", "report", "search"),
     *("text_view", "inspection_parts", "inspection", "verification"),
 )
