@@ -45,7 +45,7 @@ CONFIG = {
             "hidden_size": 64, "intermediate_size": 64, "layers": 1, "heads": 2, "kv_heads": 2,
             "training": {"steps": 0},
         },
-        "steps": 8, "batch_tokens": 1500, "max_length": 512, "checkpoint_every": 2, "validate_every": 4,
+        "steps": 8, "batch_tokens": 1500, "max_length": 512, "checkpoint_every": 2, "validate_every": 4, "min_coverage": 0.5,
         "precision": "float32",
     },
     "method": {"type": "cdm", "top_k": 20},
