@@ -14,14 +14,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from cdm import parts
 from cdm.batches import AlignedData, collate, micro_batches, step_rows, token_bytes
-from cdm.checkpoints import Checkpoints, export_model, restore, save
+from cdm.checkpoints import Checkpoints, Progress, TrainingState, export_model
 from cdm.config_methods import AnyMethod, Cdm, Sft
 from cdm.config_models import Optimisation
 from cdm.head import Sums
@@ -58,6 +60,16 @@ class TrainingJob:
     seed: int
     export: str
     targets: Literal["response", "all"] = "response"
+
+
+def identity_of(job: TrainingJob) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to: what was asked and the documents, not where they lie."""
+    sections = {"method": job.method, "student": job.optimisation}
+    asked = {f"{name}.{k}": v for name, section in sections.items() for k, v in section.model_dump(mode="json").items()}
+    return asked | {
+        "model": f"{Path(job.model).name}@{job.revision}", "aligned": parts.read_manifest(job.aligned).fingerprint,
+        "weights": job.weights, "seed": job.seed, "targets": job.targets,
+    }  # fmt: skip
 
 
 def objective_of(job: TrainingJob) -> Objective:
@@ -125,7 +137,9 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
     objective = objective_of(job)
     # A run without KD terms reads the same documents in the same order, and none of the scores.
     data = AlignedData.open(job.aligned, job.shards if objective.terms else (), "train")
-    start, seconds = restore(checkpoints, model, optimizer)
+    state = TrainingState(model, optimizer, identity_of(job))
+    progress = state.restore(checkpoints)
+    start = progress.step
     plan = itertools.islice(step_rows(data, seed=job.seed, batch_tokens=settings.batch_tokens), start, settings.steps)
     feed = _prefetch(data, plan, job, rank=rank, world=world)
     for number, (rows, batches) in zip(range(start, settings.steps), feed, strict=True):
@@ -140,16 +154,17 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
         _check_mapped(metrics, job)
         metrics |= {"grad_norm": norm.item(), "learning_rate": learning_rate(settings, number)}
         took = time.perf_counter() - began
-        seconds += took
-        metrics |= {"seconds": seconds, "tokens_a_second": int(data.sizes["tokens_s"][rows].sum()) / took}
+        progress = Progress(number + 1, progress.seconds + took)
+        metrics |= {"seconds": progress.seconds, "tokens_a_second": int(data.sizes["tokens_s"][rows].sum()) / took}
         metrics |= {"groups_a_second": sum(counts.groups) / took} if objective.terms else {}
         last = number + 1 == settings.steps
         if last or (number + 1) % settings.validate_every == 0:
             metrics |= validate(model, job, rank=rank, world=world, device=device)
         on_metrics(number + 1, metrics)
         if last or (number + 1) % settings.checkpoint_every == 0:
-            save(checkpoints, model, optimizer, step=number + 1, seconds=seconds, metrics=metrics)
-    about = {"method": job.method.model_dump(mode="json"), "steps": settings.steps, "seconds": seconds}
+            state.save(checkpoints, progress, metrics)
+    checkpoints.wait()
+    about = {"method": job.method.model_dump(mode="json"), "steps": settings.steps, "seconds": progress.seconds}
     export_model(
         model, job.tokenizer, job.revision, job.export, about | {"from": job.model, "scores": list(job.shards)}
     )
