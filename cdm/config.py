@@ -38,11 +38,18 @@ class TeacherPool(Strict):
 
 class StudentPool(Strict):
     workers: Positive = 1
+    min_workers: Positive | None = Field(None, description="goes on with so many where `workers` do not fit")
     cpus: Annotated[float, Field(ge=0)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
     custom: dict[str, float] = Field(default_factory=dict, description="named Ray resources, a worker")
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a training run before it fails")
     timeout_s: Positive = Field(300, description="a worker that hangs is noticed after so long")
+
+    @model_validator(mode="after")
+    def _fewer_at_least(self) -> StudentPool:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds workers, {self.workers}")
+        return self
 
 
 class Resources(Strict):

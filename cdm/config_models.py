@@ -42,6 +42,7 @@ class Optimisation(Strict):
     max_length: Positive = Field(1024, description="tokens of prompt and response; longer responses are cut")
     activation_checkpointing: bool = False
     checkpoint_every: Positive = Field(100, description="steps")
+    keep_checkpoints: Positive = Field(2, description="at least so many, the newest and the best among them")
     validate_every: Positive = Field(100, description="steps")
     validation_documents: Positive = 64
     best: Best | None = Field(None, description="without it the last step is exported")

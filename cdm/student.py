@@ -14,15 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from cdm import parts
 from cdm.adapters import adapt
 from cdm.batches import AlignedData, Row, collate, micro_batches, step_rows
-from cdm.checkpoints import Checkpoints, Metrics, Progress, restore, restore_weights, save
+from cdm.checkpoints import Checkpoints, Metrics, Progress, TrainingState, restore_weights
 from cdm.config_methods import AnyMethod, Cdm, Sft
 from cdm.config_models import Lora, Optimisation
 from cdm.export import export_student, lineage
@@ -63,6 +65,18 @@ class TrainingJob:
     targets: Literal["response", "all"] = "response"
     lora: Lora | None = None
     freeze_embeddings: bool = False
+
+
+def identity_of(job: TrainingJob) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to: what was asked and the documents, not where they lie."""
+    sections = {"method": job.method, "student": job.optimisation}
+    asked = {f"{name}.{k}": v for name, section in sections.items() for k, v in section.model_dump(mode="json").items()}
+    asked.pop("student.min_coverage", None)  # asked before the run
+    return asked | {
+        "model": f"{Path(job.model).name}@{job.revision}", "aligned": parts.read_manifest(job.aligned).fingerprint,
+        "weights": job.weights, "seed": job.seed, "targets": job.targets, "freeze_embeddings": job.freeze_embeddings,
+        "lora": None if job.lora is None else job.lora.model_dump(mode="json"),
+    }  # fmt: skip
 
 
 def objective_of(job: TrainingJob) -> Objective:
@@ -120,7 +134,8 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
         job.aligned, job.shards, job.maps, objective=run.objective, documents=settings.validation_documents,
         micro_batch_tokens=settings.micro_batch_tokens, collated=_collated(job, "response"),
     )  # fmt: skip
-    progress = restore(checkpoints, run.model, run.optimizer)
+    state = TrainingState(run.model, run.optimizer, identity_of(job))
+    progress = state.restore(checkpoints)
     end = progress.step if has_ended(progress, settings.steps, settings.best) else settings.steps
     plan = itertools.islice(step_rows(run.data, seed=job.seed, batch_tokens=settings.batch_tokens), progress.step, end)
     for work in _prefetch(run.data, plan, job):
@@ -132,13 +147,15 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
             metrics |= validation.measure(run.model)
             progress = judged(progress, metrics, settings.best)
             run.laps.end("validation")
-        ended = last or (validated and has_ended(progress, settings.steps, settings.best))
+        early = validated and not last and has_ended(progress, settings.steps, settings.best)
         on_metrics(progress.step, metrics)
-        if ended or progress.step % settings.checkpoint_every == 0 or progress.best_step == progress.step:
-            save(checkpoints, run.model, run.optimizer, progress, metrics)
+        due = progress.step % settings.checkpoint_every == 0 or progress.best_step == progress.step
+        if last or early or due:
+            state.save(checkpoints, progress, metrics)
             run.laps.end("checkpoint")
-        if ended:
+        if early:
             break
+    checkpoints.wait()
     _export(job, checkpoints, run.model, validation, progress)
 
 

@@ -82,9 +82,10 @@ STAGES: dict[str, Callable[[Pipeline], object]] = {
 
 
 def check_pools(config: Config) -> None:
-    """Raise ValueError where this machine can never hold one engine, or all of the student's workers."""
+    """Raise ValueError where this machine can never hold one engine, or the workers that the student needs."""
     check_pool(config.resources.teacher, 1, "resources.teacher", "an engine's workers")
-    check_pool(config.resources.student, config.resources.student.workers, "resources.student", "the workers")
+    student = config.resources.student
+    check_pool(student, student.min_workers or student.workers, "resources.student", "the workers")
 
 
 def preflight(config: Config) -> list[str]:

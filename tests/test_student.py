@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cdm.batches import AlignedData, collate
@@ -23,23 +22,19 @@ from cdm.models import load_model
 from cdm.pieces import cuts
 from cdm.records import AlignedBatch, TeacherRows
 from cdm.rows import StudentRows
-from cdm.speed import LAPS
 from cdm.step import Counts, StudentModel, batch_loss
 from cdm.student import TrainingJob, learning_rate, objective_of
 from cdm.tokenizers import load_tokenizer
 from tests import distributed, tiny
-from tests.distributed import K
+from tests.test_batches import K
+from tests.training import assert_same_curve, tiny_job
 
 pytestmark = pytest.mark.slow
-
-LATE = {f"time_share.{name}" for name in LAPS}  # the first step after a start has none
-SAME = {"loss", "ce", "kd", "d1", "d2", "grad_norm", "padding_share", "validation_bits_per_byte",
-        "validation_kd", "validation_agreement"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    return distributed.tiny_job(tmp_path_factory.mktemp("student"))
+    return tiny_job(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +42,6 @@ def undisturbed(job: TrainingJob, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("undisturbed")
     job = replace(job, export=str(folder / "export"))
     return job, distributed.run(job, folder, world=2)
-
-
-def assert_same_curve(curve: list[dict], expected: list[dict], tolerance: float) -> None:
-    assert [m["step"] for m in curve] == [m["step"] for m in expected]
-    for one, other in zip(curve, expected, strict=True):
-        assert one.keys() == other.keys() - LATE or one.keys() == other.keys()
-        for name in SAME & other.keys():
-            assert one[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (name, one["step"])
 
 
 def test_the_loss_falls_and_everything_is_logged(undisturbed: tuple[TrainingJob, list[dict]]) -> None:
@@ -80,31 +67,6 @@ def test_micro_batches_change_nothing(
     assert_same_curve(curve, undisturbed[1], 1e-4)
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one_bit_for_bit(
-    job: TrainingJob, undisturbed: tuple[TrainingJob, list[dict]], tmp_path: Path
-) -> None:
-    job = replace(job, export=str(tmp_path / "export"))
-    distributed.run(job, tmp_path, world=2, die_after=5)
-    assert not Path(job.export).exists()
-    lines = distributed.run(job, tmp_path, world=2)
-    resumed = [m for m in lines[5:]]
-    assert [m["step"] for m in resumed] == [5, 6]  # the checkpoint of step 4 was the newest
-    assert_same_curve(resumed, undisturbed[1][4:], 0.0)
-    expected, found = (load_file(Path(folder) / "model.safetensors") for folder in (undisturbed[0].export, job.export))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_checkpoint_of_two_workers_goes_on_with_one(
-    job: TrainingJob, undisturbed: tuple[TrainingJob, list[dict]], tmp_path: Path
-) -> None:
-    job = replace(job, export=str(tmp_path / "export"))
-    distributed.run(job, tmp_path, world=2, die_after=5)
-    resumed = distributed.run(job, tmp_path, world=1)[5:]
-    assert [m["step"] for m in resumed] == [5, 6]
-    assert_same_curve(resumed, undisturbed[1][4:], 1e-4)
-
-
 def test_the_export_is_an_ordinary_folder(undisturbed: tuple[TrainingJob, list[dict]]) -> None:
     job, _ = undisturbed
     model = AutoModelForCausalLM.from_pretrained(job.export)
@@ -122,18 +84,17 @@ def test_sft_trains_on_the_same_documents_without_scores(job: TrainingJob, tmp_p
 
 def test_two_workers_skip_the_same_step(tmp_path: Path) -> None:
     """The poisoned document is one worker's; neither takes the step, and both find the same step best afterwards."""
-    job = distributed.tiny_job(tmp_path, poisoned=["05-lines"])
     best = Best(metric="validation_bits_per_byte", patience=2)
+    job = tiny_job(tmp_path, poisoned=["05-lines"])
     settings = job.optimisation.model_copy(update={"steps": 8, "validate_every": 1, "best": best})
     job = replace(job, method=parse_method(type="alm"), optimisation=settings)
-    curves = []
+    curves, exported = [], []
     for world in (1, 2):
         folder = tmp_path / f"workers{world}"
         curves.append(distributed.run(replace(job, export=str(folder / "export")), folder, world=world))
+        exported.append(read_about(str(folder / "export"))["step"])
     assert_same_curve(curves[1], curves[0], 1e-4)
-    assert curves[1][-1]["skipped_steps"] == 1
-    about = [read_about(str(tmp_path / f"workers{world}" / "export")) for world in (1, 2)]
-    assert about[0]["step"] == about[1]["step"]
+    assert curves[1][-1]["skipped_steps"] == 1 and exported[0] == exported[1]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -31,7 +31,9 @@ from cdm.step import Counts, Objective, StudentModel, shard, step
 from cdm.student import TrainingJob, counts_of, objective_of, train
 from cdm.tokenizers import load_tokenizer
 from cdm.validation import has_ended, judged
-from tests import distributed, tiny
+from tests import tiny
+from tests.test_batches import K
+from tests.training import assert_same_weights, tiny_job
 
 pytestmark = pytest.mark.slow
 
@@ -54,13 +56,13 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    return distributed.tiny_job(tmp_path_factory.mktemp("loop"))
+    return tiny_job(tmp_path_factory.mktemp("loop"))
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
     """A job in which every log-probability of one document's text is not a number."""
-    return distributed.tiny_job(tmp_path_factory.mktemp("poisoned"), poisoned=["05-lines"])
+    return tiny_job(tmp_path_factory.mktemp("poisoned"), poisoned=["05-lines"])
 
 
 def run(job: TrainingJob, folder: Path, *, die_after: int = 0, **settings: Any) -> tuple[TrainingJob, list[dict]]:
@@ -73,10 +75,11 @@ def run(job: TrainingJob, folder: Path, *, die_after: int = 0, **settings: Any) 
             raise Killed
 
     job = replace(job, optimisation=job.optimisation.model_copy(update=settings), export=str(folder / "export"))
-    checkpoints = FolderCheckpoints(str(folder / "checkpoints"))
+    checkpoints = FolderCheckpoints(str(folder / "checkpoints"), keep=1)
     if die_after:
         with pytest.raises(Killed):
             train(job, checkpoints, on_metrics)
+        checkpoints.wait()
     else:
         train(job, checkpoints, on_metrics)
     return job, curve
@@ -86,18 +89,12 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "model.safetensors")
 
 
-def assert_same_weights(one: str, other: str) -> None:
-    expected, found = weights(one), weights(other)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
 # --- validation --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [False, True])
 def test_validation_measures_what_evaluation_does(job: TrainingJob, tmp_path: Path, family: bool) -> None:
-    job = distributed.tiny_job(tmp_path, family=True) if family else job
+    job = tiny_job(tmp_path, family=True) if family else job
     done, curve = run(job, tmp_path)
     data = AlignedData.open(job.aligned, job.shards, "validation")
     report = evaluate_student(
@@ -124,7 +121,7 @@ def test_the_kd_of_the_validation_split_is_the_methods_own(job: TrainingJob, tmp
             return term(student, piece.teachers[0], piece).total, {}
 
         with torch.no_grad():
-            total += model.read(collate([data.row(number)], top_k=distributed.K), read)[0].item()
+            total += model.read(collate([data.row(number)], top_k=K), read)[0].item()
     assert curve[-1][KD] == pytest.approx(0.25 * total / groups, rel=1e-4)
 
 
@@ -182,11 +179,8 @@ def test_a_run_ends_when_nothing_gets_better_and_exports_the_best_step(
     assert about["figures"]["validation_bits_per_byte"] == min(values)
     kept = {path.name for path in (folder / "checkpoints").iterdir()}
     assert kept == {f"step_{best:08d}", f"step_{len(curve):08d}"}
-    run(job, tmp_path, **RISING, die_after=best + 1, checkpoint_every=1)  # the weights of that step, without `best`
-    plain = FolderCheckpoints(str(tmp_path / "checkpoints"))
-    again = replace(done, optimisation=done.optimisation.model_copy(update={"best": None, "steps": best}))
-    train(replace(again, export=str(tmp_path / "plain")), plain, lambda step, metrics: None)
-    assert_same_weights(str(tmp_path / "plain"), done.export)
+    plain, _ = run(job, tmp_path, **RISING | {"steps": best})  # the rate does not depend on the number of steps
+    assert_same_weights(plain.export, done.export)
 
 
 @pytest.mark.parametrize("die_after", [2, 4])
@@ -250,7 +244,7 @@ def test_the_documents_of_faulty_micro_batches_are_named(poisoned: TrainingJob, 
 
 def test_steps_in_a_row_are_counted_over_a_restart(tmp_path: Path) -> None:
     everything = [document.id for document in tiny.documents(48)]
-    job = replace(distributed.tiny_job(tmp_path, poisoned=everything), method=ALM)
+    job = replace(tiny_job(tmp_path, poisoned=everything), method=ALM)
     run(job, tmp_path, die_after=2, checkpoint_every=1, batch_tokens=1200)
     with pytest.raises(ValueError, match="3 steps in a row") as raised:
         run(job, tmp_path, checkpoint_every=1, batch_tokens=1200)
