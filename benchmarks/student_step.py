@@ -54,7 +54,7 @@ CPU = Shape(32_000, 50_000, 384, 1536, 8, 6, 2, 4, 128, 100, torch.float32, 5)
 def measure(shape: Shape | None = None) -> dict[str, float]:
     """Ratios of one optimiser step: time and peak memory."""
     shape = shape or (GPU if torch.cuda.is_available() else CPU)
-    seconds = in_fresh_process(_seconds, shape)
+    seconds = in_fresh_process(step_seconds, shape)
     peaks = {kind: in_fresh_process(_peak, shape, kind) for kind in KINDS}
     figures = {f"{kind}_step_s": seconds[kind] for kind in KINDS}
     figures |= {f"{kind}_peak_mb": peaks[kind] / 2**20 for kind in KINDS}
@@ -116,7 +116,7 @@ def _device() -> torch.device:
     return device
 
 
-def _seconds(shape: Shape) -> dict[str, float]:
+def step_seconds(shape: Shape) -> dict[str, float]:
     """Median seconds of each step, one after the other in turns: CPU time on a CPU, elapsed on a GPU."""
     device = _device()
     calls = steps(shape, device)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cdm.config_corpus import AnyCorpus, Fields
 from cdm.config_errors import ConfigError, apply_override, describe
-from cdm.config_methods import AnyMethod
+from cdm.config_methods import AnyMethod, Sft
 from cdm.config_models import FinalNumber, Generation, Student, Teacher, check_context
 from cdm.config_types import Folder, Positive, Strict
 
@@ -38,11 +38,18 @@ class TeacherPool(Strict):
 
 class StudentPool(Strict):
     workers: Positive = 1
+    min_workers: Positive | None = Field(None, description="goes on with so many where `workers` do not fit")
     cpus: Annotated[float, Field(ge=0)] = 1
     gpus: Annotated[float, Field(ge=0)] = 0
     custom: dict[str, float] = Field(default_factory=dict, description="named Ray resources, a worker")
     max_failures: Annotated[int, Field(ge=0)] = Field(3, description="restarts of a training run before it fails")
     timeout_s: Positive = Field(300, description="a worker that hangs is noticed after so long")
+
+    @model_validator(mode="after")
+    def _fewer_at_least(self) -> StudentPool:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds workers, {self.workers}")
+        return self
 
 
 class Resources(Strict):
@@ -84,6 +91,18 @@ class Config(Strict):
         asked = [self.method, *self.baselines]
         if any(one == other for i, one in enumerate(asked) for other in asked[:i]):
             raise ValueError("baselines: each must differ from the method and from the others")
+        return self
+
+    @model_validator(mode="after")
+    def _every_method_has_the_best_metric(self) -> Config:
+        best = self.student.best
+        if best is not None and best.metric == "validation_kd":
+            for section in (self.method, *self.baselines):
+                if isinstance(section, Sft):
+                    raise ValueError(
+                        "student.best.metric: sft has no validation_kd; take validation_bits_per_byte or "
+                        "validation_agreement, or leave out sft"
+                    )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,24 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from cdm.config_types import HubOrFolder, Mass, Positive, Share, Strict, dotted_function
 
 
+class Best(Strict):
+    """The weights of the best validation so far are exported, not those of the last step."""
+
+    metric: Literal["validation_bits_per_byte", "validation_kd", "validation_agreement"]
+    patience: Positive | None = Field(None, description="validations in a row without a better one that end the run")
+
+
+class Lora(Strict):
+    """Low-rank adapters are trained instead of the weights, and merged into them on export (arXiv 2106.09685)."""
+
+    rank: Positive = 16
+    alpha: Positive = Field(32, description="an adapter's product is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="names of linear layers: q_proj, v_proj, ...; default: all but the head"
+    )
+
+
 class Optimisation(Strict):
     """How a model is trained; a batch is counted in tokens, so that it means the same on any number of workers."""
 
@@ -24,8 +42,12 @@ class Optimisation(Strict):
     max_length: Positive = Field(1024, description="tokens of prompt and response; longer responses are cut")
     activation_checkpointing: bool = False
     checkpoint_every: Positive = Field(100, description="steps")
+    keep_checkpoints: Positive = Field(2, description="at least so many, the newest and the best among them")
     validate_every: Positive = Field(100, description="steps")
     validation_documents: Positive = 64
+    best: Best | None = Field(None, description="without it the last step is exported")
+    max_skipped: Positive = Field(3, description="steps in a row without a finite loss and gradient that fail the run")
+    compile: bool = Field(False, description="torch.compile of the model's blocks")
 
 
 class TokenizerRecipe(Strict):
@@ -55,6 +77,8 @@ class Pretrain(Strict):
         if self.architecture == "qwen2" and self.tokenizer.type != "byte_level_bpe":
             # Transformers and vLLM read every qwen2 folder with Qwen2's own kind of tokenizer.
             raise ValueError("architecture qwen2 needs tokenizer.type byte_level_bpe; llama takes either")
+        if self.training.best is not None and self.training.best.metric != "validation_bits_per_byte":
+            raise ValueError(f"training.best.metric: {self.training.best.metric} needs a teacher; there is none here")
         if self.training.steps and self.training.max_length > self.context:
             raise ValueError(f"training.max_length {self.training.max_length} exceeds context {self.context}")
         return self
@@ -132,6 +156,10 @@ class Teacher(TakesModel):
 
 
 class Student(TakesModel, Optimisation):
+    lora: Lora | None = None
+    freeze_embeddings: bool = Field(False, description="a head that is tied to them is frozen with them")
+    min_coverage: Share = Field(0.9, description="share of the responses' bytes that both sides must see")
+
     @model_validator(mode="after")
     def _model_suffices(self) -> Student:
         check_context(self.model, self.max_length)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cdm.batches import AlignedData, Row, collate, micro_batches, token_bytes
 from cdm.corpus import read_documents
 from cdm.head import Sums
 from cdm.models import load_model
 from cdm.pieces import Piece
-from cdm.records import Document, EvalReport
+from cdm.records import AlignedBatch, Document, EvalReport
 from cdm.rows import StudentRows, token_logp
 from cdm.step import StudentModel, to_device
 from cdm.tokenizers import Tokenizer, load_tokenizer
@@ -69,7 +70,7 @@ def evaluate_student(
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer_s = load_tokenizer(folder, revision=revision)
-    images = exact_map(tokenizer_s, tokenizer_t)
+    images = torch.from_numpy(_images(tokenizer_s, tokenizer_t)).to(device)
     inner = load_model(folder, revision=revision, dtype=precision).to(device).eval()
     model = StudentModel(inner)
     lengths = np.array([len(row.prompt_s) + len(row.ids_s) for row in rows])
@@ -79,8 +80,8 @@ def evaluate_student(
         if not documents:
             continue
         batch = collate(documents, top_k=1)
-        sizes = token_bytes(documents)
-        _, sums = model.read(to_device(batch, device), partial(_piece_sums, sizes=sizes, images=images))
+        sizes = torch.from_numpy(token_bytes(documents)).to(device)
+        sums = read_sums(model, to_device(batch, device), partial(response_sums, sizes=sizes, images=images))
         nats += float(sums["nats"])
         agreed += int(sums["agreed"])
         shared += int(sums["shared"])
@@ -97,16 +98,38 @@ def evaluate_student(
     )
 
 
-def _piece_sums(rows: StudentRows, piece: Piece, sizes: np.ndarray, images: np.ndarray) -> tuple[torch.Tensor, Sums]:
-    """Nats of the tokens that have bytes, and how often the best next token is the first teacher's. sizes [R]."""
-    nats = -token_logp(rows, piece.targets_s).double()
-    teacher, device = piece.teachers[0], rows.logits.device
-    best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0].cpu().numpy()
-    wanted = np.where(best_t < len(images), images[np.minimum(best_t, len(images) - 1)], -1)  # padded rows: none
+def _images(tokenizer_s: Tokenizer, tokenizer_t: Tokenizer) -> np.ndarray:
+    """The student's id of each teacher id, -1 where there is none; the same id in the same tokenizer. int64 [V_t]."""
+    if tokenizer_s.vocabulary == tokenizer_t.vocabulary:
+        return np.arange(tokenizer_t.vocab_size)
+    return exact_map(tokenizer_s, tokenizer_t).astype(np.int64)
+
+
+def read_sums(model: StudentModel, batch: AlignedBatch, sums_of: Callable[[StudentRows, Piece], Sums]) -> Sums:
+    """The sums over the pieces of a batch, on the model's device; none where the batch has no response rows."""
+
+    def read(rows: StudentRows, piece: Piece) -> tuple[Tensor, Sums]:
+        return rows.logits.new_zeros(()), sums_of(rows, piece)
+
+    return model.read(batch, read)[1]
+
+
+def response_sums(rows: StudentRows, piece: Piece, *, sizes: Tensor, images: Tensor | None) -> Sums:
+    """Nats of a piece's tokens that have bytes, and how often the best next token is the first teacher's.
+
+    sizes [R]: bytes of the tokens of the whole batch. images [V_t]: the student's id of each of the first teacher's
+    ids, -1 where there is none; without them no agreement.
+    """
+    has_bytes = sizes[piece.start : piece.end] > 0
+    sums = {"nats": -torch.where(has_bytes, token_logp(rows, piece.targets_s).double(), 0.0).sum()}
+    if images is None:
+        return sums
+    teacher = piece.teachers[0]
+    best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0]
+    known = (best_t >= 0) & (best_t < len(images))  # beyond: padded rows
+    wanted = torch.where(known, images[best_t.clamp(0, len(images) - 1)], -1)
     best_s = rows.logits.argmax(-1)[teacher.groups_s[:, 0]]
-    known = torch.from_numpy(wanted).to(device)
-    sums = {"nats": nats[torch.from_numpy(sizes[piece.start : piece.end] > 0).to(device)].sum()}
-    return nats.sum(), sums | {"agreed": (best_s == known).sum(), "shared": (known >= 0).sum()}
+    return sums | {"agreed": (best_s == wanted).sum(), "shared": (wanted >= 0).sum()}
 
 
 def evaluate_teacher(name: str, rows: Sequence[Row]) -> EvalReport:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from cdm.checkpoints import ABOUT, read_about
+from cdm.export import ABOUT, read_about
 from cdm.records import EvalReport
 
 Columns = dict[str, list[Any]]

@@ -7,7 +7,8 @@ file or a configuration.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,20 @@ class Counts:
 
     tokens: int
     groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step. sums: this worker's; norm: of the whole gradient, before clipping, the same on all workers.
+
+    skipped: some loss or gradient of some worker was not finite, so no worker updated anything. finite [M] bool, on the
+    host: which of this worker's micro-batches had a finite loss; None where nothing was skipped.
+    """
+
+    sums: Sums
+    norm: torch.Tensor
+    skipped: bool
+    finite: list[bool] | None = None
 
 
 class StudentModel(torch.nn.Module):
@@ -83,13 +98,18 @@ class StudentModel(torch.nn.Module):
             raise ValueError(f"{self.model.config.model_type}: the logits are no plain head over the last hidden state")
 
 
-def shard(model: StudentModel, precision: torch.dtype, device: torch.device) -> StudentModel:
-    """`fully_shard` every block and the root over all processes; fp32 weights, reduction in fp32."""
+def shard(model: StudentModel, precision: torch.dtype, device: torch.device, *, compiled: bool = False) -> StudentModel:
+    """`fully_shard` every block and the root over all processes; fp32 weights, reduction in fp32.
+
+    compiled: `torch.compile` of each block, for any length of the sequences.
+    """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     blocks = set(model.model._no_split_modules)
     for module in model.modules():
         if type(module).__name__ in blocks:
+            if compiled:
+                module.compile(dynamic=True)
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
@@ -128,23 +148,45 @@ def step(
     counts: Counts,
     *,
     max_grad_norm: float,
-) -> tuple[Sums, torch.Tensor]:
-    """Forward and backward over this worker's micro-batches, one update. Returns this worker's sums and the norm."""
+    lap: Callable[[str], None] = lambda name: None,
+) -> Outcome:
+    """Forward and backward over this worker's micro-batches, then one update, or none where it would not be finite.
+
+    `lap(name)` is called at the end of each part of the work: forward, backward, optimizer.
+    """
     totals: dict[str, torch.Tensor] = {}
+    finite: list[torch.Tensor] = []
     for i, batch in enumerate(batches):
         assert isinstance(model, FSDPModule)
         model.set_requires_gradient_sync(i == len(batches) - 1)
         loss, sums = batch_loss(model, batch, objective, counts)
+        lap("forward")
         (loss * dist.get_world_size()).backward()  # FSDP averages over the workers, the loss is a sum
+        lap("backward")
+        finite.append(torch.isfinite(loss.detach()))
         for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + value
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm.item()}: the loss or a gradient is not finite")
-    optimizer.step()
+    all_finite = torch.stack(finite)
+    faults = (~(all_finite.all() & torch.isfinite(norm))).float()
+    dist.all_reduce(faults)  # a loss may be infinite where the gradient is not: all workers decide alike
+    skipped = bool(faults.item())
+    if not skipped:
+        optimizer.step()
     optimizer.zero_grad()
-    return totals, norm
+    lap("optimizer")
+    return Outcome(totals, norm, skipped, all_finite.tolist() if skipped else None)
+
+
+def global_sums(sums: Mapping[str, torch.Tensor | float], device: torch.device) -> dict[str, float]:
+    """Sums over all workers. A worker may have had only empty chunks, so the names are agreed on first. Collective."""
+    names: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, list(sums))
+    known = list(dict.fromkeys(itertools.chain.from_iterable(names)))
+    values = torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=device) for name in known])
+    dist.all_reduce(values)
+    return dict(zip(known, values.tolist(), strict=True))
 
 
 def to_device(batch: AlignedBatch, device: torch.device) -> AlignedBatch:

@@ -22,6 +22,14 @@ from cdm.records import Message
 
 SPACE_MARK = "▁"
 SENTINEL = "sentinel"
+# What `encode_prompt` does where a tokenizer has no chat template, after the BOS, as a template: contents joined by a
+# blank line, a newline before the response, eos after it.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% set answer = loop.last and message['role'] == 'assistant' and not add_generation_prompt %}"
+    "{% if not loop.first %}{{ '\n' if answer else '\n\n' }}{% endif %}{{ message['content'] }}"
+    "{% if answer %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+)
 
 
 class TokenizationError(ValueError):
@@ -107,7 +115,7 @@ class Tokenizer:
             raise ValueError(f"{self.name}: a prompt needs at least one message")
         if self.hf.chat_template is None:
             text = "\n\n".join(message.content for message in messages) + "\n"
-            return ([self.special_roles["bos"]] if self._adds_bos else []) + self._ids(text)
+            return ([self.special_roles["bos"]] if self.adds_bos else []) + self._ids(text)
         text = self._render([(message.role, message.content) for message in messages], generation=True)
         return list(self.hf.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -149,7 +157,8 @@ class Tokenizer:
         return b"".join(self._bytes[i] or b"" for i in ids)
 
     @cached_property
-    def _adds_bos(self) -> bool:
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts a BOS before a text."""
         ids = self.hf.backend_tokenizer.encode("a", add_special_tokens=True).ids
         return self.hf.bos_token_id is not None and bool(ids) and ids[0] == self.hf.bos_token_id
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -66,12 +68,16 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """Logs into an existing run, metrics in batches. Steps that the run has already are left out."""
+    """Logs into an existing run, metrics in batches. Steps that the run has already are left out.
+
+    `flush` may be called from another thread than the rest.
+    """
 
     def __init__(self, ref: RunRef) -> None:
         self.ref = ref
         self._client = MlflowClient(ref.uri)
-        self._pending: list[Metric] = []
+        self._pending: deque[Metric] = deque()
+        self._flushing = threading.Lock()
         self._flushed = time.monotonic()
         self._known = set(self._client.get_run(ref.run_id).data.metrics)
         self._last: dict[str, int] = {}
@@ -93,9 +99,11 @@ class MlflowTracker:
 
     def flush(self) -> None:
         """Sends what is pending."""
-        for start in range(0, len(self._pending), BATCH):
-            self._client.log_batch(self.ref.run_id, metrics=self._pending[start : start + BATCH])
-        self._pending, self._flushed = [], time.monotonic()
+        with self._flushing:
+            while self._pending:
+                batch = [self._pending.popleft() for _ in range(min(BATCH, len(self._pending)))]
+                self._client.log_batch(self.ref.run_id, metrics=batch)
+            self._flushed = time.monotonic()
 
     def params(self, values: dict[str, Any]) -> None:
         known = self._client.get_run(self.ref.run_id).data.params

@@ -18,6 +18,7 @@ from cdm.checks import check_problems
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
 from cdm.models import check_pair, context_problems
+from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
 from cdm.report import print_results, print_samples, results, results_figure, samples_table
 from ray_jobs.cluster import IN_JOB, check_pool, connect
@@ -81,9 +82,10 @@ STAGES: dict[str, Callable[[Pipeline], object]] = {
 
 
 def check_pools(config: Config) -> None:
-    """Raise ValueError where this machine can never hold one engine, or all of the student's workers."""
+    """Raise ValueError where this machine can never hold one engine, or the workers that the student needs."""
     check_pool(config.resources.teacher, 1, "resources.teacher", "an engine's workers")
-    check_pool(config.resources.student, config.resources.student.workers, "resources.student", "the workers")
+    student = config.resources.student
+    check_pool(student, student.min_workers or student.workers, "resources.student", "the workers")
 
 
 def preflight(config: Config) -> list[str]:
@@ -96,6 +98,9 @@ def preflight(config: Config) -> list[str]:
     for section in sections:
         if not isinstance(section.model, Pretrain):
             found += context_problems(section.model.name, section.model.revision, section.max_length)
+    student, pool = config.student, config.resources.student
+    if not found and pool.gpus and not isinstance(student.model, Pretrain):
+        found += memory_problems(student.model.name, student.model.revision, student, pool.workers, device_bytes())
     if config.generation is not None and config.generation.check is not None:
         found += check_problems(config.generation.check.model_dump())
     if IN_JOB in os.environ and not os.path.isabs(os.path.expanduser(config.storage)):

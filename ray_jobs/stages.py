@@ -14,15 +14,18 @@ from functools import cached_property
 from pathlib import Path
 
 from cdm import __version__, parts
+from cdm.checkpoints import Metrics
 from cdm.config import Config, digest, storage_path
 from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
-from cdm.corpus import corpus_identity, write_corpus
+from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
+from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
 from cdm.models import build_model, model_identity
+from cdm.preflight import SAMPLE, check_coverage, coverage, say_mass
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
-from cdm.student import Metrics, TrainingJob
+from cdm.student import TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment, MlflowTracker, Tracker
 from cdm.vocab_map import vocab_map_file
@@ -33,8 +36,6 @@ from ray_jobs.score import score
 from ray_jobs.train import run_training
 
 FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
-
-
 BEFORE = "student before"
 
 
@@ -179,8 +180,16 @@ class Pipeline:
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
-        pairs = zip(self.config.teachers, self.teachers, strict=True)
+        pairs = list(zip(self.config.teachers, self.teachers, strict=True))
+        for section, model in pairs:
+            self._check_coverage(section, model)
         return tuple(self._scored(section, model) for section, model in pairs)
+
+    def _check_coverage(self, section: Teacher, model: Model) -> None:
+        documents = read_documents(self.corpus, split_parts(self.corpus_manifest, "train")[0])[:SAMPLE]
+        lengths = {"max_length_s": self.config.student.max_length, "max_length_t": section.max_length}
+        found = coverage(documents, self.student.tokenizer, model.tokenizer, **lengths)
+        check_coverage(found, self.config.student.min_coverage, model.name)
 
     def _scored(self, section: Teacher, model: Model) -> str:
         engine = section.engine
@@ -235,15 +244,7 @@ class Pipeline:
             skipped("align", folder)
             return folder
         with StageView("align", "parts", len(manifest.parts)) as view:
-            align(
-                corpus,
-                shards,
-                sides,
-                folder,
-                max_length=max_length,
-                meta=meta,
-                on_progress=view.update,
-            )
+            align(corpus, shards, sides, folder, max_length=max_length, meta=meta, on_progress=view.update)
         return folder
 
     def aligned(self, method: AnyMethod) -> str:
@@ -261,8 +262,6 @@ class Pipeline:
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
         """A file a teacher; None where teacher and student share the tokenizer."""
-        if isinstance(method, Sft):
-            return (None,) * len(self.teachers)
         student = self.student.tokenizer
         found: list[str | None] = []
         for model in self.teachers:
@@ -290,16 +289,19 @@ class Pipeline:
         weights = tuple(teacher.weight for teacher in self.config.teachers)
         folder = self.aligned(method)
         aligned = parts.read_manifest(folder).fingerprint
-        steps = optimisation.model_dump(mode="json", exclude={"model"})
+        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage"})
         identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
         export = self.folder("students", f"{self.config.name}-{method.type}-{identity}")
         if Path(export).exists():
             skipped(f"train {label(method)}", export)
             return export
+        maps = self.maps(method)
+        say_mass(folder, self.shards, maps, [model.name for model in self.teachers])
         job = TrainingJob(
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
             optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
-            maps=self.maps(method), weights=weights, seed=self.config.seed, export=export,
+            maps=maps, weights=weights, seed=self.config.seed, export=export,
+            lora=optimisation.lora, freeze_embeddings=optimisation.freeze_embeddings,
         )  # fmt: skip
         self._train(f"train {label(method)}", job, identity)
         return export
@@ -318,7 +320,7 @@ class Pipeline:
                 run=run.ref if isinstance(run, MlflowTracker) else None,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
-            view.update(job.optimisation.steps)
+            view.update(read_about(job.export)["steps"])
 
     # --- evaluation
 

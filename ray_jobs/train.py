@@ -2,46 +2,81 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import ray
 import ray.train
 from ray.exceptions import RayActorError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cdm.checkpoints import Metrics, Write, finish
 from cdm.config import StudentPool
-from cdm.student import Metrics, TrainingJob, train
+from cdm.student import TrainingJob, train
 from cdm.tracking import RunRef, Tracker, open_run
 from ray_jobs.cluster import use_cpus
 
 OnMetrics = Callable[[int, Metrics], None]
 POLL_SECONDS = 0.5
+SCORE = "score"
 
 
 class RayCheckpoints:
-    """Ray Train's own: each worker reports the files it wrote, the run's folder holds the last two whole ones.
+    """Ray Train's own: workers write into the run's folder and report it, Ray Train removes what is not kept.
 
-    What was logged so far is sent first: a run that goes on from a checkpoint never makes earlier steps again.
+    A report arrives when the checkpoint is whole, and after what was logged so far: a run that goes on from it never
+    makes earlier steps again. One whose report had not arrived is written again.
     """
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, folder: str, tracker: Tracker) -> None:
+        self._folder, self._tracker = folder, tracker
+        self._written: Future[Any] | None = None
 
     def latest(self) -> AbstractContextManager[str] | None:
         checkpoint = ray.train.get_checkpoint()
         return checkpoint.as_directory() if checkpoint else None
 
-    def save(self, step: int, write: Callable[[str], None], metrics: Metrics) -> None:
-        self._tracker.flush()
-        with tempfile.TemporaryDirectory() as folder:
-            write(folder)
-            checkpoint = Checkpoint.from_directory(folder)
-            ray.train.report(metrics | {"step": step}, checkpoint=checkpoint, checkpoint_dir_name=f"step_{step:08d}")
+    def at(self, step: int) -> AbstractContextManager[str]:
+        self.wait()
+        return nullcontext(os.path.join(self._folder, f"step_{step:08d}"))
+
+    def save(self, step: int, write: Write, metrics: Metrics) -> None:
+        self.wait()
+        name = f"step_{step:08d}"
+        folder = os.path.join(self._folder, name)
+        self._written = written = write(folder)
+
+        def when_whole(checkpoint: Checkpoint, _: str) -> Checkpoint:
+            finish(written)
+            self._tracker.flush()
+            return checkpoint
+
+        # Ray Train keeps the highest scores and the newest: the last that was the best is the best.
+        score = step if metrics.get("best_step") == step else 0
+        ray.train.report(
+            metrics | {"step": step, SCORE: score},
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=when_whole,
+            delete_local_checkpoint_after_upload=False,  # it is where it stays
+        )
+
+    def wait(self) -> None:
+        if self._written is not None:
+            finish(self._written)
 
 
 @ray.remote(num_cpus=0)
@@ -59,19 +94,27 @@ class Board:
 
 
 def run_training(
-    job: TrainingJob, pool: StudentPool, *, folder: str, name: str, run: RunRef | None, on_metrics: OnMetrics
+    job: TrainingJob,
+    pool: StudentPool,
+    *,
+    folder: str,
+    name: str,
+    run: RunRef | None,
+    on_metrics: OnMetrics,
 ) -> None:
     """Trains on the pool's workers until the student is exported; resumes what `folder/name` holds.
 
-    A dead worker is restarted from the last checkpoint, `pool.max_failures` times; then ray.train.TrainingFailedError.
+    Workers that die or hang are started again from the last checkpoint, `pool.max_failures` times; then
+    ray.train.TrainingFailedError. With `pool.min_workers` there may be fewer of them than were asked for.
     """
     board = Board.remote()  # type: ignore[attr-defined]
+    work = {"job": job, "run": run, "board": board, "cpus": pool.cpus, "folder": os.path.join(folder, name)}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"job": job, "run": run, "board": board, "cpus": pool.cpus},
+        train_loop_config=work,
         torch_config=TorchConfig(timeout_s=pool.timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=pool.workers,
+            num_workers=pool.workers if pool.min_workers is None else (pool.min_workers, pool.workers),
             use_gpu=pool.gpus > 0,
             resources_per_worker={"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {}), **pool.custom},
         ),
@@ -79,7 +122,10 @@ def run_training(
             name=name,
             storage_path=folder,
             failure_config=FailureConfig(max_failures=pool.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=job.optimisation.keep_checkpoints,
+                checkpoint_score_attribute=SCORE,
+            ),
         ),
     )
     with _Watch(board, on_metrics):
@@ -96,7 +142,7 @@ def _worker(config: dict[str, Any]) -> None:
             tracker.metrics(step, metrics)
             config["board"].write.remote(step, metrics)
 
-    train(config["job"], RayCheckpoints(tracker), on_metrics)
+    train(config["job"], RayCheckpoints(config["folder"], tracker), on_metrics)
     tracker.flush()
 
 

@@ -158,6 +158,14 @@ WRONG: list[tuple[str, Any, str]] = [
     ("student.learning_rate", float("nan"), "student.learning_rate: must be a finite number, got nan"),
     ("student.steps", -1, "student.steps: must be greater than or equal to 0, got -1"),
     ("corpus.test_share", 0.99, "corpus: validation_share + test_share leave nothing to train on"),
+    # how the student is trained
+    ("student.best", {"metric": "loss"}, "student.best.metric: 'loss' is not known; one of validation_bits_per_byte, "),
+    ("student.best", {"metric": "validation_kd"}, "config: student.best.metric: sft has no validation_kd; take "),
+    ("student.best", {"patience": 3}, "student.best.metric: missing"),
+    ("student.lora", {"rank": 0}, "student.lora.rank: must be greater than 0, got 0"),
+    ("student.lora", {"targets": "q_proj"}, "student.lora.targets: expected a list, got 'q_proj'"),
+    ("student.lora", {"r": 8}, "student.lora.r: unknown key; known here: "),
+    ("student.max_skipped", 0, "student.max_skipped: must be greater than 0, got 0"),
     # a path
     ("corpus", {"type": "jsonl", "path": "/no/where"}, "corpus.path: no such file or folder: /no/where"),
     ("teachers.0.model", "./nowhere", "teachers.0.model.name: no such file or folder: ./nowhere"),
@@ -206,6 +214,11 @@ WRONG: list[tuple[str, Any, str]] = [
         "student.model",
         PRETRAIN | {"training": {"steps": 1, "model": 1}},
         "student.model.training.model: unknown key; known here: steps, ",
+    ),
+    (
+        "student.model",
+        PRETRAIN | {"training": {"steps": 1, "best": {"metric": "validation_kd"}}},
+        "student.model: training.best.metric: validation_kd needs a teacher; there is none here",
     ),
     (
         "student.model",

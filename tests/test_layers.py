@@ -18,13 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 NOUNS = ("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods", "config")
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
-    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "step"),
+    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step"),
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
-    *("grouping", "batches", "checkpoints", "student", "evaluation", "tracking", "report", "search"),
+    *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
+    *("tracking", "report", "search"),
     *("text_view", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from cdm.config_methods import AnyMethod
 from cdm.methods import CONTEXT, METHODS
 from cdm.records import LossOutput, TeacherRows
 from cdm.vocab_map import VocabMap, build_vocab_map
@@ -413,3 +414,24 @@ def test_maps_that_do_not_fit(method: str) -> None:
 def test_unknown_rows() -> None:
     with pytest.raises(ValueError, match="'first' or 'mean'"):
         run("cdm", small(), build_vocab_map(LETTERS_S, LETTERS_T), rows="last")
+
+
+# --- the config --------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    get_args(section.model_fields["type"].annotation)[0]: section for section in get_args(get_args(AnyMethod)[0])
+}
+# Read before the loss: where the groups and the map come from, and what the terms weigh.
+ELSEWHERE = {"type", "alpha", "align", "threshold", "protect"}
+
+
+def test_every_method_has_a_section() -> None:
+    assert SECTIONS.keys() - {"sft"} == METHODS.keys()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_section_has_its_methods_options_and_defaults(kind: str) -> None:
+    parameters = inspect.signature(METHODS[kind]).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY and p.name != CONTEXT.get(kind)}
+    section = {name: field.default for name, field in SECTIONS[kind].model_fields.items() if name not in ELSEWHERE}
+    assert section == (options | {"rows": "mean"} if kind == "cdm_paper" else options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from cdm.export import read_about
 from cdm.inspection import inspect_path
 from tests.whole import finish, runs, start, students, without_the_student, write_config
 
@@ -39,6 +41,22 @@ def test_every_stage_is_tracked_below_one_pipeline_run(finished: tuple[Path, str
         "train cdm, top_k=20"
     ].data.metrics.keys()
     assert "kd" not in found["train sft"].data.metrics
+
+
+def test_the_best_validation_is_exported(finished: tuple[Path, str, str]) -> None:
+    """From a checkpoint that Ray Train kept beside the newest."""
+    storage = finished[0]
+    run = runs(storage)["train cdm, top_k=20"]
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    history = client.get_metric_history(run.info.run_id, "validation_agreement")
+    values = {metric.step: metric.value for metric in sorted(history, key=lambda metric: metric.step)}
+    best = max(values, key=lambda step: (values[step], -step))
+    about = read_about(str(next(path for path in students(storage) if "-cdm-" in path.name)))
+    assert values.keys() == {4, 8} and about["step"] == best and about["steps"] == 8
+    assert about["figures"]["validation_agreement"] == pytest.approx(values[best])
+    (folder,) = (storage / "runs").glob("cdm-*")
+    assert {f"step_{best:08d}", "step_00000008"} <= {path.name for path in folder.iterdir()}
+    assert about["lineage"]["teachers"][0]["teacher"] == "teacher"
 
 
 def test_a_second_call_finds_everything_done(finished: tuple[Path, str, str]) -> None:
@@ -126,6 +144,16 @@ def test_a_bad_config_ends_with_two_before_anything_starts(tmp_path: Path, optio
     output = finish(process)
     assert process.returncode == 2 and message in output and "Traceback" not in output
     assert not (tmp_path / "storage").exists()
+
+
+def test_too_little_coverage_fails_before_anything_is_made(finished: tuple[Path, str, str]) -> None:
+    storage, config, _ = finished
+    before = {path.name for path in (storage / "shards").iterdir()}
+    process = start("train", config, "--set", "student.min_coverage=1", "--set", "teachers.0.max_length=300")
+    output = finish(process)
+    assert process.returncode == 1 and re.search(r"teacher teacher see \d+\.\d% of the bytes", output)
+    assert "student.min_coverage is 100.0%" in output
+    assert {path.name for path in (storage / "shards").iterdir()} == before
 
 
 def test_workers_that_never_fit_are_refused(finished: tuple[Path, str, str]) -> None:

@@ -11,58 +11,30 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cdm import parts, shards
-from cdm.batches import AlignedData, align_part, collate
+from cdm.batches import AlignedData, collate
 from cdm.config_methods import AnyMethod, Cdm, Sft
-from cdm.config_models import Optimisation
-from cdm.corpus import table_of
-from cdm.grouping import Grouping
+from cdm.config_models import Best, Optimisation
+from cdm.export import read_about
 from cdm.methods import CONTEXT, METHODS, SAME_TOKENIZER
 from cdm.models import load_model
 from cdm.pieces import cuts
 from cdm.records import AlignedBatch, TeacherRows
 from cdm.rows import StudentRows
-from cdm.shards import ROW_GROUP_DOCUMENTS
 from cdm.step import Counts, StudentModel, batch_loss
 from cdm.student import TrainingJob, learning_rate, objective_of
 from cdm.tokenizers import load_tokenizer
-from cdm.vocab_map import build_vocab_map
 from tests import distributed, tiny
-from tests.test_batches import K, scores
+from tests.test_batches import K
+from tests.training import assert_same_curve, tiny_job
 
 pytestmark = pytest.mark.slow
-
-SAME = {"loss", "ce", "kd", "d1", "d2", "grad_norm", "validation_bits_per_byte"}
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    """Six steps of CDM on forty documents scored by a teacher with random rows."""
-    root = tmp_path_factory.mktemp("student")
-    teacher, student = tiny.tiny_teacher(root / "teacher"), tiny.tiny_student(root / "student")
-    tokenizer_t, tokenizer_s = load_tokenizer(teacher), load_tokenizer(student)
-    corpus, scored, aligned = (str(root / name) for name in ("corpus", "shards", "aligned"))
-    rng, documents = np.random.default_rng(0), tiny.documents(48)
-    for name, part in {"train-00000.parquet": documents[:40], "validation-00000.parquet": documents[40:]}.items():
-        parts.write_part(corpus, name, table_of(part))
-        rows = [scores(document, tokenizer_t, rng) for document in part]
-        shards.write_scores(scored, name, rows, quarantined=[], identity={})
-        table, _ = align_part(corpus, [scored], name, Grouping("exact", tokenizer_s), max_length=256)
-        parts.write_part(aligned, name, table, row_group_size=ROW_GROUP_DOCUMENTS)
-    parts.finish(aligned, {}, kind="aligned")
-    build_vocab_map(tokenizer_s, tokenizer_t).save(root / "map.npz")
-    optimisation = Optimisation(
-        steps=6, batch_tokens=700, micro_batch_tokens=300, learning_rate=1e-2, warmup_steps=2, precision="float32",
-        checkpoint_every=2, validate_every=3, max_length=256,
-    )  # fmt: skip
-    return TrainingJob(
-        model=student, revision=None, tokenizer=student, optimisation=optimisation,
-        method=Cdm(type="cdm", top_k=K), aligned=aligned, shards=(scored,), maps=(str(root / "map.npz"),),
-        weights=(1.0,), seed=3, export=str(root / "export"),
-    )  # fmt: skip
+    return tiny_job(tmp_path_factory.mktemp("student"))
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +42,6 @@ def undisturbed(job: TrainingJob, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("undisturbed")
     job = replace(job, export=str(folder / "export"))
     return job, distributed.run(job, folder, world=2)
-
-
-def assert_same_curve(curve: list[dict], expected: list[dict], tolerance: float) -> None:
-    assert [m["step"] for m in curve] == [m["step"] for m in expected]
-    for one, other in zip(curve, expected, strict=True):
-        assert one.keys() == other.keys()
-        for name in SAME & other.keys():
-            assert one[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (name, one["step"])
 
 
 def test_the_loss_falls_and_everything_is_logged(undisturbed: tuple[TrainingJob, list[dict]]) -> None:
@@ -103,31 +67,6 @@ def test_micro_batches_change_nothing(
     assert_same_curve(curve, undisturbed[1], 1e-4)
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one_bit_for_bit(
-    job: TrainingJob, undisturbed: tuple[TrainingJob, list[dict]], tmp_path: Path
-) -> None:
-    job = replace(job, export=str(tmp_path / "export"))
-    distributed.run(job, tmp_path, world=2, die_after=5)
-    assert not Path(job.export).exists()
-    lines = distributed.run(job, tmp_path, world=2)
-    resumed = [m for m in lines[5:]]
-    assert [m["step"] for m in resumed] == [5, 6]  # the checkpoint of step 4 was the newest
-    assert_same_curve(resumed, undisturbed[1][4:], 0.0)
-    expected, found = (load_file(Path(folder) / "model.safetensors") for folder in (undisturbed[0].export, job.export))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_checkpoint_of_two_workers_goes_on_with_one(
-    job: TrainingJob, undisturbed: tuple[TrainingJob, list[dict]], tmp_path: Path
-) -> None:
-    job = replace(job, export=str(tmp_path / "export"))
-    distributed.run(job, tmp_path, world=2, die_after=5)
-    resumed = distributed.run(job, tmp_path, world=1)[5:]
-    assert [m["step"] for m in resumed] == [5, 6]
-    assert_same_curve(resumed, undisturbed[1][4:], 1e-4)
-
-
 def test_the_export_is_an_ordinary_folder(undisturbed: tuple[TrainingJob, list[dict]]) -> None:
     job, _ = undisturbed
     model = AutoModelForCausalLM.from_pretrained(job.export)
@@ -141,6 +80,21 @@ def test_sft_trains_on_the_same_documents_without_scores(job: TrainingJob, tmp_p
     job = replace(job, method=Sft(type="sft"), export=str(tmp_path / "export"))
     curve = distributed.run(job, tmp_path, world=1)
     assert "kd" not in curve[0] and curve[0]["loss"] == pytest.approx(curve[0]["ce"])
+
+
+def test_two_workers_skip_the_same_step(tmp_path: Path) -> None:
+    """The poisoned document is one worker's; neither takes the step, and both find the same step best afterwards."""
+    best = Best(metric="validation_bits_per_byte", patience=2)
+    job = tiny_job(tmp_path, poisoned=["05-lines"])
+    settings = job.optimisation.model_copy(update={"steps": 8, "validate_every": 1, "best": best})
+    job = replace(job, method=parse_method(type="alm"), optimisation=settings)
+    curves, exported = [], []
+    for world in (1, 2):
+        folder = tmp_path / f"workers{world}"
+        curves.append(distributed.run(replace(job, export=str(folder / "export")), folder, world=world))
+        exported.append(read_about(str(folder / "export"))["step"])
+    assert_same_curve(curves[1], curves[0], 1e-4)
+    assert curves[1][-1]["skipped_steps"] == 1 and exported[0] == exported[1]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

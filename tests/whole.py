@@ -46,7 +46,7 @@ CONFIG = {
             "training": {"steps": 0},
         },
         "steps": 8, "batch_tokens": 1500, "max_length": 512, "checkpoint_every": 2, "validate_every": 4,
-        "precision": "float32",
+        "min_coverage": 0.5, "precision": "float32", "best": {"metric": "validation_agreement"},
     },
     "method": {"type": "cdm", "top_k": 20},
     "evaluation": {"documents": 8, "samples": 1, "sample_tokens": 8},
