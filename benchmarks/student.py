@@ -141,7 +141,7 @@ def measured_worker(config: dict[str, Any]) -> None:
         save(*arguments)
         spent["stall"] += time.perf_counter() - start
 
-    cdm.student._prefetch, TrainingState.save = watched_read, watched_save  # type: ignore[method-assign]
+    cdm.student._prefetch, TrainingState.save = watched_read, watched_save  # type: ignore[method-assign, assignment]
     ray_jobs.train.open_run = lambda ref: notes
     ray_jobs.train._worker(config)
 
