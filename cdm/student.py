@@ -36,6 +36,7 @@ from cdm.vocab_map import VocabMap
 Metrics = dict[str, float]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LN2 = math.log(2)
+VALIDATION_METRICS = ("validation_bits_per_byte",)  # what `validate` returns
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,8 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
         if last or (number + 1) % settings.checkpoint_every == 0:
             save(checkpoints, model, optimizer, step=number + 1, seconds=seconds, metrics=metrics)
     about = {"method": job.method.model_dump(mode="json"), "steps": settings.steps, "seconds": seconds}
-    export_model(
-        model, job.tokenizer, job.revision, job.export, about | {"from": job.model, "scores": list(job.shards)}
-    )
+    about |= {"from": job.model, "scores": list(job.shards), "aligned": job.aligned}
+    export_model(model, job.tokenizer, job.revision, job.export, about)
 
 
 def _prefetch(

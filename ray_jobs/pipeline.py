@@ -17,11 +17,15 @@ from ray.train import TrainingFailedError
 from cdm.checks import check_problems
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
+from cdm.journal import closing
 from cdm.models import check_pair, context_problems
 from cdm.progress import console
 from cdm.report import print_results, print_samples, results, results_figure, samples_table
+from cdm.search import search_section, trial_config
+from cdm.trials import BEST, best_trial, print_trials, read_importance
 from ray_jobs.cluster import IN_JOB, check_pool, connect
-from ray_jobs.stages import Pipeline, closing, write_text
+from ray_jobs.search import open_search, search, search_problems
+from ray_jobs.stages import Pipeline, write_text
 
 
 def show(pipeline: Pipeline) -> None:
@@ -36,7 +40,10 @@ def show(pipeline: Pipeline) -> None:
     for report in reports:
         name = re.sub(r"[^\w./-]+", "_", report.name)  # what MLflow takes in a metric's name
         run.metrics(0, {f"bits_per_byte.{name}": report.bits_per_byte, f"agreement.{name}": report.agreement or 0.0})
-    console.print(f"student: {pipeline.students[reports[-1].name]}", soft_wrap=True)
+    student = pipeline.students[reports[-1].name]
+    run.folder("student", student)
+    run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
+    console.print(f"student: {student}", soft_wrap=True)
     console.print("runs:    `make ui` or `cdm ui CONFIG` opens MLflow on this machine")
 
 
@@ -49,16 +56,47 @@ def run_stages(config: Config, until: str) -> int:
     problems = preflight(config)
     if until == "generate" and config.generation is None:
         problems.append("generation: missing; without this section every response is given")
+    return _exit_code(config, problems, lambda: _run_until(config, until))
+
+
+def run_search(config: Config, retrain: int | None = None) -> int:
+    """Runs the config's search, and then trains the best once more for `retrain` steps. Exit codes as above."""
+    return _exit_code(config, search_problems(config) + preflight(config), lambda: _search(config, retrain))
+
+
+def _run_until(config: Config, until: str) -> None:
+    check_pools(config)
+    pipeline = Pipeline(config)
+    with pipeline.experiment, closing(pipeline.run):
+        STAGES[until](pipeline)
+
+
+def _search(config: Config, retrain: int | None) -> None:
+    check_pools(config)
+    experiment, run, identity = open_search(config)
+    with experiment, closing(run):
+        folder, trials = search(config, run, identity)
+        section = search_section(config)
+        print_trials(trials, section, read_importance(folder), console)
+        best = best_trial(trials, section)
+        assert best is not None  # `search` has seen to it
+        chosen = trial_config(config, best.parameters)
+        if retrain is not None:
+            longer = chosen.model_copy(update={"student": chosen.student.model_copy(update={"steps": retrain})})
+            student = Pipeline(longer, run).trained(longer.method)
+            console.print(f"student, {retrain} steps: {student}", soft_wrap=True)
+        console.print(f"best config: {folder}/{BEST}", soft_wrap=True)
+
+
+def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> int:
+    """Runs what a command runs, on Ray, unless there are problems already."""
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
         with connect():
-            check_pools(config)
-            pipeline = Pipeline(config)
-            with closing(pipeline.run):
-                STAGES[until](pipeline)
+            run()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -116,12 +154,14 @@ def main(until: str) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{until}")
     parser.add_argument("config")
     parser.add_argument("--set", dest="overrides", action="append", metavar="KEY=VALUE", default=[])
+    if until == "search":
+        parser.add_argument("--retrain", type=int, metavar="STEPS")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
         parser.exit(2, "".join(f"error: {problem}\n" for problem in error.problems))
-    sys.exit(run_stages(config, until))
+    sys.exit(run_search(config, arguments.retrain) if until == "search" else run_stages(config, until))
 
 
 if __name__ == "__main__":

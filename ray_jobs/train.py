@@ -15,8 +15,9 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cdm.config import StudentPool
+from cdm.journal import RunRef, Tracker, open_run
 from cdm.student import Metrics, TrainingJob, train
-from cdm.tracking import RunRef, Tracker, open_run
+from cdm.tracking import system_metrics
 from ray_jobs.cluster import use_cpus
 
 OnMetrics = Callable[[int, Metrics], None]
@@ -96,7 +97,8 @@ def _worker(config: dict[str, Any]) -> None:
             tracker.metrics(step, metrics)
             config["board"].write.remote(step, metrics)
 
-    train(config["job"], RayCheckpoints(tracker), on_metrics)
+    with system_metrics(tracker):
+        train(config["job"], RayCheckpoints(tracker), on_metrics)
     tracker.flush()
 
 
