@@ -51,6 +51,12 @@ def best_trial(trials: Sequence[Trial], section: Search) -> Trial | None:
     return min(finished, key=lambda trial: sign * _value(trial), default=None)
 
 
+def ranked(trials: Sequence[Trial], section: Search) -> list[Trial]:
+    """Finished trials by their value, then those that were stopped, then those without a value."""
+    sign = 1 if section.mode == "min" else -1
+    return sorted(trials, key=lambda t: (t.state != "finished", t.value is None, sign * (t.value or 0.0)))
+
+
 def finished_values(trials: Sequence[Trial]) -> list[tuple[Parameters, float]]:
     return [(trial.parameters, _value(trial)) for trial in trials if trial.state == "finished"]
 
@@ -126,9 +132,7 @@ def print_trials(trials: Sequence[Trial], section: Search, shares: Mapping[str, 
     columns = ("trial", "state", "steps", section.metric, *(["spread"] if section.seeds > 1 else []), *names.values())
     for column in columns:
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
-    sign = 1 if section.mode == "min" else -1
-    ranked = sorted(trials, key=lambda t: (t.state != "finished", t.value is None, sign * (t.value or 0.0)))
-    for trial in ranked:
+    for trial in ranked(trials, section):
         spread = [_cell(trial.spread)] if section.seeds > 1 else []
         values = [_cell(trial.parameters[name]) for name in names]
         table.add_row(trial.id, trial.state, str(trial.step), _cell(trial.value), *spread, *values)

@@ -71,10 +71,9 @@ def search_problems(config: Config) -> list[str]:
     except ConfigError as error:
         return error.problems
     metric = search_section(config).metric
-    known = ", ".join(VALIDATION_METRICS)
-    return found + (
-        [f"search.metric: {metric!r} is not known; one of {known}"] if metric not in VALIDATION_METRICS else []
-    )
+    if metric not in VALIDATION_METRICS:
+        found.append(f"search.metric: {metric!r} is not known; one of {', '.join(VALIDATION_METRICS)}")
+    return found
 
 
 def search(config: Config, run: Journal, identity: str) -> tuple[str, list[Trial]]:
@@ -164,7 +163,9 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
             ready, optimisation=config.student, method=config.method, weights=weights,
             seed=config.seed + number, export=str(folder / f"student-{number}"),
         )  # fmt: skip
-        if not Path(job.export).exists():
+        validations.read()
+        # Of the first seed the student is wanted, of the others the figure alone.
+        if not (validations.complete if number else Path(job.export).exists()):
             run_training(
                 job,
                 config.resources.student,
@@ -179,7 +180,7 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
         shutil.rmtree(folder / f"run-{number}", ignore_errors=True)
         if number:
             of_seed.close()
-            shutil.rmtree(job.export)
+            shutil.rmtree(job.export, ignore_errors=True)
     return {
         "step": steps, section.metric: float(np.mean(finals)), "spread": float(np.std(finals)),
         "seconds": seconds, "finished": True,
@@ -209,9 +210,13 @@ class _Validations:
                 if self._report and step < self._steps:
                     tune.report({"step": step, self._metric: value, "seconds": self.seconds, "finished": False})
 
+    @property
+    def complete(self) -> bool:
+        return self._steps in self._values
+
     def final(self) -> float:
         """Raises ValueError where the log lacks the last one: it was taken away from a run that had ended."""
-        if self._steps not in self._values:
+        if not self.complete:
             raise ValueError(f"{self._path}: no {self._metric} at step {self._steps}")
         return self._values[self._steps]
 

@@ -17,7 +17,7 @@ from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, write_corpus
 from cdm.grouping import AlignmentMethod
-from cdm.journal import Journal, closing
+from cdm.journal import FOLDER, Journal, Series, closing, run_series
 from cdm.models import build_model, model_identity
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
@@ -315,6 +315,20 @@ class Pipeline:
             found[f"student, {label(method)}"] = self.trained(method)
         return found
 
+    def _counted_maps(self) -> dict[str, tuple[str, int]]:
+        """The students whose dynamic mappings are counted: name -> the first teacher's map, the top k."""
+        methods = [one for one in [*self.config.baselines, self.config.method] if isinstance(one, Cdm)]
+        found = {f"student, {label(method)}": (self.maps(method)[0], method.top_k) for method in methods}
+        return {name: (path, top_k) for name, (path, top_k) in found.items() if path is not None}
+
+    @cached_property
+    def runs(self) -> dict[str, Series]:
+        """The metrics of each training run of this config that has a log, the method's last."""
+        methods = [*self.config.baselines, self.config.method]
+        identities = {label(method): self.job(method).export.rpartition("-")[2] for method in methods}
+        found = {name: run_series(self.folder(FOLDER, f"train-{identity}")) for name, identity in identities.items()}
+        return {name: series for name, series in found.items() if series}
+
     @cached_property
     def reports(self) -> list[EvalReport]:
         """The teacher, the student before, and each trained student, on the same documents."""
@@ -331,7 +345,7 @@ class Pipeline:
         job = EvaluationJob(
             corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
             documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
-            micro_batch_tokens=self.config.student.micro_batch_tokens,
+            micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
         )  # fmt: skip
         folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
         folders |= {BEFORE: (self.student.path, self.student.revision)}

@@ -45,7 +45,7 @@ STAGES = (
         "search",
         "trials",
     ),
-    *("text_view", "inspection_parts", "inspection", "verification"),
+    *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
