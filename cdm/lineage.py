@@ -18,9 +18,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from cdm import parts
-from cdm.checkpoints import ABOUT, read_about
 from cdm.journal import RunFacts, run_facts, run_folders
-from cdm.models import model_identity
 
 STAGES = ("corpus", "models", "shards", "aligned", "students")
 MADE_TAGS = ("cdm.corpus", "cdm.shards", "cdm.export")  # of a run: the folder that it made
@@ -48,9 +46,7 @@ class Lineage:
                     manifest = parts.read_manifest(str(folder))
                     yield Artefact(f"{stage}/{folder.name}", manifest.meta | {"fingerprint": manifest.fingerprint})
                 elif (folder / "config.json").exists() and not folder.name.endswith(".unfinished"):
-                    yield Artefact(
-                        f"{stage}/{folder.name}", read_about(str(folder)) if (folder / ABOUT).exists() else {}
-                    )
+                    yield Artefact(f"{stage}/{folder.name}", _how_it_was_made(folder))
 
     @cached_property
     def made_from(self) -> dict[str, list[str]]:
@@ -83,6 +79,8 @@ class Lineage:
         identity, model = (given.get(key) for key in _identity_keys(given))
         if identity is None or model is None:
             return None
+        from cdm.models import model_identity  # loads transformers
+
         for name in self.artefacts:
             stage, folder = name.split("/", 1)
             local = stage in ("models", "students") and folder.startswith(Path(str(model)).name)
@@ -115,6 +113,11 @@ class Lineage:
     def made_by(self, name: str) -> RunFacts | None:
         paths = (facts for facts in self.runs if any(self._by_path(facts.tags.get(t, "")) == name for t in MADE_TAGS))
         return next(paths, None)
+
+
+def _how_it_was_made(model: Path) -> dict[str, Any]:
+    file = model / "cdm.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _identity_keys(about: Mapping[str, Any]) -> tuple[str, str]:
