@@ -45,8 +45,10 @@ from ray_jobs.train import run_training
 
 STATE = "tune"  # what Tune knows, beside the trials' folders
 FAILED = "failed"
+DRIVER = {"memory": 1.0}  # a byte: Tune wants something booked, and a CPU, or a part of one, is the workers'
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the command
+    "RAY_AIR_NEW_OUTPUT": "0",  # the old one can be silent
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # every trial has its own log
     "TUNE_GLOBAL_CHECKPOINT_S": "2",  # a killed driver forgets no more than this
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
@@ -234,7 +236,7 @@ def trial_run(shared: Shared, trial: str, parent: RunRef | None = None) -> Journ
 
 def _tuner(section: Search, shared: Shared) -> tune.Tuner:
     """A new search, or the one that `shared.folder` holds, gone on with: what ended is kept."""
-    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), {"CPU": 0})
+    trainable = tune.with_resources(tune.with_parameters(run_trial, shared=shared), DRIVER)
     state = f"{shared.folder}/{STATE}"
     if tune.Tuner.can_restore(state):
         return tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True)
