@@ -43,10 +43,10 @@ from cdm.config import StudentPool
 from cdm.config_models import Optimisation
 from cdm.corpus import table_of
 from cdm.grouping import Grouping
+from cdm.journal import NullTracker
 from cdm.shards import ROW_GROUP_DOCUMENTS
 from cdm.student import TrainingJob
 from cdm.tokenizers import load_tokenizer
-from cdm.tracking import NullTracker
 from ray_jobs.cluster import connect
 from ray_jobs.train import run_training
 

@@ -102,6 +102,21 @@ def pipeline(config: ConfigPath, overrides: Overrides = None) -> None:
     _run(config, overrides, "pipeline")
 
 
+@app.command()
+def search(
+    config: ConfigPath,
+    retrain: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="train the best once more, so long", min=1)
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Try the values of the config's `search` section; trials share all that precedes training."""
+    checked = read(config, overrides)
+    from ray_jobs.pipeline import run_search
+
+    sys.exit(run_search(checked, retrain))
+
+
 def _run(config: str, overrides: list[str] | None, until: str) -> None:
     checked = read(config, overrides)
     from ray_jobs.pipeline import run_stages
@@ -141,6 +156,22 @@ def verify(
     if found.faults:
         more = len(found.faults) - SHOWN_FAULTS
         fail("\n".join(found.faults[:SHOWN_FAULTS] + ([f"... and {more} more"] if more > 0 else [])), 1)
+
+
+@app.command()
+def lineage(
+    what: Annotated[str, typer.Argument(help="a folder of a storage folder, or a run by its name or id")],
+    storage: Annotated[str, typer.Option(help="of a run; a folder is in its own")] = "outputs",
+) -> None:
+    """What a folder or a run's output was made from, and what was made from it; no server is asked."""
+    from cdm.lineage import Lineage, print_lineage, storage_of
+    from cdm.progress import console
+
+    try:
+        found = Lineage(storage_of(what) or storage if os.path.exists(what) else storage)
+        print_lineage(found, found.resolve(what), console)
+    except (ValueError, OSError) as error:
+        fail(str(error), 1)
 
 
 @app.command("config")

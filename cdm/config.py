@@ -19,6 +19,7 @@ from cdm.config_corpus import AnyCorpus, Fields
 from cdm.config_errors import ConfigError, apply_override, describe
 from cdm.config_methods import AnyMethod, Sft
 from cdm.config_models import FinalNumber, Generation, Student, Teacher, check_context
+from cdm.config_search import Search
 from cdm.config_types import Folder, Positive, Strict
 
 
@@ -83,6 +84,7 @@ class Config(Strict):
     method: AnyMethod
     baselines: list[AnyMethod] = Field(default_factory=list, description="also trained, for the table of results")
     evaluation: Evaluation = Evaluation()
+    search: Search | None = None
     resources: Resources = Resources()
     tracking: AnyTracking = Field(default_factory=lambda: Mlflow(type="mlflow"))
 

@@ -148,17 +148,22 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError([f"--set {key}: not a YAML value: {text}"]) from error
+    put(values, key, value, f"--set {key}")
+
+
+def put(values: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Put a value at a dotted key of plain values. Raises ConfigError, which begins with `said`."""
     node: Any = values
     names = key.split(".")
     for depth, name in enumerate(names[:-1], start=1):
-        node = node[_index(node, name, key)] if isinstance(node, list) else node.setdefault(name, {})
+        node = node[_index(node, name, said)] if isinstance(node, list) else node.setdefault(name, {})
         if not isinstance(node, dict | list):
-            raise ConfigError([f"--set {key}: {'.'.join(names[:depth])} is a value, it has no keys below it"])
-    node[_index(node, names[-1], key) if isinstance(node, list) else names[-1]] = value
+            raise ConfigError([f"{said}: {'.'.join(names[:depth])} is a value, it has no keys below it"])
+    node[_index(node, names[-1], said) if isinstance(node, list) else names[-1]] = value
 
 
-def _index(node: list[Any], name: str, key: str) -> int:
+def _index(node: list[Any], name: str, said: str) -> int:
     if not name.isdecimal() or int(name) >= len(node):
         positions = f"0 to {len(node) - 1}" if node else "none: the list is empty"
-        raise ConfigError([f"--set {key}: {name} is no position of the list ({positions})"])
+        raise ConfigError([f"{said}: {name} is no position of the list ({positions})"])
     return int(name)

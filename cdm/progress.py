@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from types import TracebackType
 
 from rich.console import Console
@@ -64,6 +65,7 @@ class StageView:
         console.print(f"{outcome} {self._title}: {self._done} {self._unit} in {seconds:,.1f} s{note}")
 
 
+@cache
 def skipped(title: str, where: str) -> None:
-    """One line for a stage whose output is there already."""
+    """One line for a stage whose output is there already, the first time that it is asked for."""
     console.print(f"[green]have[/green] {title}: {where}")

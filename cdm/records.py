@@ -106,7 +106,10 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True)
 class EvalReport:
-    """Held-out quality of one model: bits per response byte; agreement in [0, 1], None where not measured."""
+    """Held-out quality of one model: bits per response byte; agreement in [0, 1], None where not measured.
+
+    mappings: the dynamic mappings that moved most of the first teacher's mass (`cdm.mappings`).
+    """
 
     name: str
     bits_per_byte: float
@@ -116,3 +119,4 @@ class EvalReport:
     shared_boundaries: int
     seconds: float
     samples: tuple[dict[str, str], ...] = ()
+    mappings: tuple[dict[str, str | float], ...] = ()

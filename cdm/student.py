@@ -271,6 +271,7 @@ def _export(
         "seconds": progress.seconds,
         "from": job.model,
         "scores": list(job.shards),
+        "aligned": job.aligned,
         "lineage": lineage(job.aligned, job.shards),
         "figures": validation.measure(model),
     }

@@ -23,6 +23,7 @@ from cdm.rows import StudentRows
 from cdm.step import Objective, StudentModel, global_sums, to_device
 from cdm.vocab_map import VocabMap
 
+VALIDATION_METRICS = ("validation_bits_per_byte", "validation_kd", "validation_agreement")
 HIGHER_IS_BETTER = ("validation_agreement",)
 
 

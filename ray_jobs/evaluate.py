@@ -6,20 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
 from cdm.config import StudentPool
 from cdm.evaluation import evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.mappings import mappings_that_fired
 from cdm.records import EvalReport
 from cdm.tokenizers import load_tokenizer
 from ray_jobs.cluster import use_cpus
 
+MAPPED = 64  # documents whose dynamic mappings are counted
+
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What every model is measured on. tokenizer_t: name and revision of the first teacher's."""
+    """What every model is measured on. tokenizer_t: name and revision of the first teacher's.
+
+    maps: of the students whose dynamic mappings are counted, by name: the first teacher's map and the top k.
+    """
 
     corpus: str
     aligned: str
@@ -29,6 +35,7 @@ class EvaluationJob:
     samples: int
     sample_tokens: int
     micro_batch_tokens: int
+    maps: Mapping[str, tuple[str, int]]
 
 
 def evaluate(
@@ -51,16 +58,23 @@ def evaluate(
 def _evaluate_one(job: EvaluationJob, name: str, folder: str, revision: str | None, cpus: float) -> EvalReport:
     use_cpus(cpus)
     rows = held_out(job.aligned, job.shards, job.documents)
-    return evaluate_student(
+    tokenizer_t = load_tokenizer(job.tokenizer_t[0], revision=job.tokenizer_t[1])
+    report = evaluate_student(
         name,
         folder,
         rows,
         revision=revision,
-        tokenizer_t=load_tokenizer(job.tokenizer_t[0], revision=job.tokenizer_t[1]),
+        tokenizer_t=tokenizer_t,
         micro_batch_tokens=job.micro_batch_tokens,
         prompts=sample_prompts(job.corpus, rows, job.samples),
         sample_tokens=job.sample_tokens,
     )
+    if name not in job.maps:
+        return report
+    map_path, top_k = job.maps[name]
+    options = {"top_k": top_k, "micro_batch_tokens": job.micro_batch_tokens}
+    found = mappings_that_fired(folder, rows[:MAPPED], map_path=map_path, tokenizer_t=tokenizer_t, **options)
+    return replace(report, mappings=found)
 
 
 if __name__ == "__main__":

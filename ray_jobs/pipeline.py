@@ -17,12 +17,29 @@ from ray.train import TrainingFailedError
 from cdm.checks import check_problems
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
+from cdm.config_search import Search
+from cdm.evaluation import held_out, sample_prompts
+from cdm.figures import (
+    best_so_far_figure,
+    bits_figure,
+    coverage_figure,
+    has_coverage,
+    importance_figure,
+    loss_figure,
+    parallel_figure,
+)
+from cdm.journal import ARTIFACTS, Journal, closing
 from cdm.models import check_pair, context_problems
+from cdm.overview import Reviewed, pipeline_page, search_page
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
-from cdm.report import print_results, print_samples, results, results_figure, samples_table
+from cdm.report import Columns, print_results, print_samples, results, results_figure, samples_table
+from cdm.search import search_section, trial_config
+from cdm.tracking import code_version
+from cdm.trials import BEST, Trial, best_trial, print_trials, read_importance
 from ray_jobs.cluster import IN_JOB, check_pool, connect
-from ray_jobs.stages import Pipeline, closing, write_text
+from ray_jobs.search import open_search, search, search_problems
+from ray_jobs.stages import Pipeline, write_text
 
 
 def show(pipeline: Pipeline) -> None:
@@ -34,11 +51,37 @@ def show(pipeline: Pipeline) -> None:
     run.table("results", columns)
     run.table("samples", samples_table(reports))
     run.figure("results.png", results_figure(columns))
+    show_runs(pipeline, columns)
     for report in reports:
-        name = re.sub(r"[^\w./-]+", "_", report.name)  # what MLflow takes in a metric's name
+        name = plain(report.name)
         run.metrics(0, {f"bits_per_byte.{name}": report.bits_per_byte, f"agreement.{name}": report.agreement or 0.0})
-    console.print(f"student: {pipeline.students[reports[-1].name]}", soft_wrap=True)
+    student = pipeline.students[reports[-1].name]
+    run.folder("student", student)
+    run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
+    console.print(f"student: {student}", soft_wrap=True)
     console.print("runs:    `make ui` or `cdm ui CONFIG` opens MLflow on this machine")
+
+
+def plain(name: str) -> str:
+    """A name of what MLflow takes in the names of metrics and artefacts."""
+    return re.sub(r"[^\w./-]+", "_", name)
+
+
+def show_runs(pipeline: Pipeline, columns: Columns) -> None:
+    """Curves and coverage as figures of the run, and the page with all that there is to see."""
+    config, run, runs = pipeline.config, pipeline.run, pipeline.runs
+    aligned = pipeline.align(pipeline.corpus, pipeline.student, pipeline.shards, config.student.max_length)
+    rows = held_out(aligned, pipeline.shards, config.evaluation.samples) if config.evaluation.samples else []
+    texts = {document.id: document.response for document in sample_prompts(pipeline.corpus, rows, len(rows))}
+    if runs:
+        run.figure("loss.png", loss_figure(runs))
+        run.figure("bits_per_byte.png", bits_figure(runs, pipeline.reports[0].bits_per_byte))
+    for name, series in runs.items():
+        if has_coverage(series):
+            run.figure(f"coverage-{plain(name)}.png", coverage_figure(series))
+    seen = Reviewed(config, code_version(), columns, pipeline.reports, runs, rows, texts)
+    run.text("overview.html", pipeline_page(seen))
+    console.print(f"page:    {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
 
 
 def run_stages(config: Config, until: str) -> int:
@@ -50,16 +93,59 @@ def run_stages(config: Config, until: str) -> int:
     problems = preflight(config)
     if until == "generate" and config.generation is None:
         problems.append("generation: missing; without this section every response is given")
+    return _exit_code(config, problems, lambda: _run_until(config, until))
+
+
+def run_search(config: Config, retrain: int | None = None) -> int:
+    """Runs the config's search, and then trains the best once more for `retrain` steps. Exit codes as above."""
+    return _exit_code(config, search_problems(config) + preflight(config), lambda: _search(config, retrain))
+
+
+def _run_until(config: Config, until: str) -> None:
+    check_pools(config)
+    pipeline = Pipeline(config)
+    with pipeline.experiment, closing(pipeline.run):
+        STAGES[until](pipeline)
+
+
+def _search(config: Config, retrain: int | None) -> None:
+    check_pools(config)
+    experiment, run, identity = open_search(config)
+    with experiment, closing(run):
+        folder, trials = search(config, run, identity)
+        section = search_section(config)
+        shares = read_importance(folder)
+        print_trials(trials, section, shares, console)
+        run.text("overview.html", search_page(config, section, trials, shares))
+        show_search(run, trials, section, shares)
+        best = best_trial(trials, section)
+        assert best is not None  # `search` has seen to it
+        chosen = trial_config(config, best.parameters)
+        if retrain is not None:
+            longer = chosen.model_copy(update={"student": chosen.student.model_copy(update={"steps": retrain})})
+            student = Pipeline(longer, run).trained(longer.method)
+            console.print(f"student, {retrain} steps: {student}", soft_wrap=True)
+        console.print(f"best config: {folder}/{BEST}", soft_wrap=True)
+        console.print(f"page:        {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
+
+
+def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict[str, float]) -> None:
+    """The figures of a search, as artefacts of its run."""
+    run.figure("parallel.png", parallel_figure(trials, section))
+    run.figure("best_so_far.png", best_so_far_figure(trials, section))
+    if shares:
+        run.figure("importance.png", importance_figure(shares))
+
+
+def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> int:
+    """Runs what a command runs, on Ray, unless there are problems already."""
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
         with connect():
-            check_pools(config)
-            pipeline = Pipeline(config)
-            with closing(pipeline.run):
-                STAGES[until](pipeline)
+            run()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -121,12 +207,14 @@ def main(until: str) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{until}")
     parser.add_argument("config")
     parser.add_argument("--set", dest="overrides", action="append", metavar="KEY=VALUE", default=[])
+    if until == "search":
+        parser.add_argument("--retrain", type=int, metavar="STEPS")
     arguments = parser.parse_args()
     try:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
         parser.exit(2, "".join(f"error: {problem}\n" for problem in error.problems))
-    sys.exit(run_stages(config, until))
+    sys.exit(run_search(config, arguments.retrain) if until == "search" else run_stages(config, until))
 
 
 if __name__ == "__main__":

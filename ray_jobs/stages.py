@@ -7,47 +7,35 @@ made from, so a changed config is a new folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cdm import __version__, parts
+from cdm import parts
 from cdm.checkpoints import Metrics
-from cdm.config import Config, digest, storage_path
+from cdm.config import Config, storage_path
 from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
 from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
+from cdm.journal import FOLDER, Journal, Series, closing, run_series
 from cdm.models import build_model, model_identity
 from cdm.preflight import SAMPLE, check_coverage, coverage, say_mass
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
 from cdm.student import TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
-from cdm.tracking import Experiment, MlflowTracker, Tracker
+from cdm.tracking import Experiment
 from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import Sides, align
 from ray_jobs.evaluate import EvaluationJob, evaluate
 from ray_jobs.generate import generate, generation_identity
+from ray_jobs.runs import label, open_top_run, short, what_is_asked
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
-FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
 BEFORE = "student before"
-
-
-def label(method: AnyMethod) -> str:
-    """A method by name, with the options that are not the defaults: two of one type stay apart."""
-    default = type(method)(type=method.type)
-    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
-    return ", ".join([method.type, *options])
-
-
-def short(*values: object) -> str:
-    return digest(FORMAT, *values)[:12]
 
 
 @dataclass(frozen=True)
@@ -67,20 +55,11 @@ class Model:
 class Pipeline:
     """One config's stages. Each is a cached property: asking for the last one runs all that it needs."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, run: Journal | None = None) -> None:
+        """`run` is the run that the stages' runs hang below; default: the pipeline run of this config."""
         self.config = config
         self.experiment = Experiment(config)
-        asked = config.model_dump(mode="json", exclude={"storage", "resources", "tracking"})
-        self.run = self.experiment.run("pipeline", config.name, short(asked))
-        self.run.params(config.model_dump(mode="json"))
-        self.run.tags(
-            {
-                "cdm.version": __version__,
-                "cdm.method": config.method.type,
-                "cdm.teacher": ", ".join(teacher.model.name for teacher in config.teachers),
-                "cdm.student": config.student.model.name,
-            }
-        )
+        self.run = run or open_top_run(self.experiment, config, "pipeline", short(what_is_asked(config)))
 
     def folder(self, *names: str) -> str:
         return storage_path(self.config, *names)
@@ -120,7 +99,7 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped(f"generate {model.name}", folder)
             return folder
-        run = self.experiment.run("generate", f"generate {model.name}", short(identity), self.run)
+        run = self.experiment.run("generate", f"generate {model.name}", short(identity), self.run.ref)
         run.params(section.model_dump(mode="json"))
         total = self.source_manifest.rows
         with closing(run), StageView(f"generate {model.name}", "documents", total) as view:
@@ -199,8 +178,9 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped(f"score {model.name}", folder)
             return folder
-        run = self.experiment.run("score", f"score {model.name}", identity, self.run)
+        run = self.experiment.run("score", f"score {model.name}", identity, self.run.ref)
         run.params(section.model_dump(mode="json"))
+        run.dataset("corpus", self.corpus_manifest.fingerprint, self.corpus, "scoring")
         total = self.corpus_manifest.rows
         with closing(run), StageView(f"score {model.name}", "documents", total) as view:
             manifest = score(
@@ -283,33 +263,39 @@ class Pipeline:
 
     # --- students
 
-    def trained(self, method: AnyMethod) -> str:
-        """The folder of the student that this method trains."""
+    def job(self, method: AnyMethod) -> TrainingJob:
+        """What training with this method is asked, with all that it reads made; its student's name has its identity."""
         optimisation = self.config.student
         weights = tuple(teacher.weight for teacher in self.config.teachers)
         folder = self.aligned(method)
         aligned = parts.read_manifest(folder).fingerprint
         steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage"})
         identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
-        export = self.folder("students", f"{self.config.name}-{method.type}-{identity}")
-        if Path(export).exists():
-            skipped(f"train {label(method)}", export)
-            return export
-        maps = self.maps(method)
-        say_mass(folder, self.shards, maps, [model.name for model in self.teachers])
-        job = TrainingJob(
+        return TrainingJob(
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
             optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
-            maps=maps, weights=weights, seed=self.config.seed, export=export,
+            maps=self.maps(method), weights=weights, seed=self.config.seed,
+            export=self.folder("students", f"{self.config.name}-{method.type}-{identity}"),
             lora=optimisation.lora, freeze_embeddings=optimisation.freeze_embeddings,
         )  # fmt: skip
-        self._train(f"train {label(method)}", job, identity)
-        return export
+
+    def trained(self, method: AnyMethod) -> str:
+        """The folder of the student that this method trains."""
+        job = self.job(method)
+        if Path(job.export).exists():
+            skipped(f"train {label(method)}", job.export)
+        else:
+            say_mass(job.aligned, job.shards, job.maps, [model.name for model in self.teachers])
+            self._train(f"train {label(method)}", job, job.export.rpartition("-")[2])
+        return job.export
 
     def _train(self, title: str, job: TrainingJob, identity: str) -> None:
-        run = self.experiment.run("train", title, identity, self.run)
+        run = self.experiment.run("train", title, identity, self.run.ref)
         run.params({"method": job.method.model_dump(mode="json"), "student": job.optimisation.model_dump(mode="json")})
-        run.tags({"cdm.method": job.method.type, "cdm.export": job.export, "cdm.aligned": job.aligned})
+        tags = {"cdm.method": job.method.type, "cdm.export": job.export, "cdm.aligned": job.aligned}
+        run.tags(tags | {"cdm.from": job.model, "cdm.scores": ", ".join(job.shards)})
+        for folder in (job.aligned, *job.shards):
+            run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
             run_training(
@@ -317,7 +303,7 @@ class Pipeline:
                 self.config.resources.student,
                 folder=self.folder("runs"),
                 name=f"{job.method.type}-{identity}",
-                run=run.ref if isinstance(run, MlflowTracker) else None,
+                run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
             view.update(read_about(job.export)["steps"])
@@ -331,6 +317,20 @@ class Pipeline:
         for method in [*self.config.baselines, self.config.method]:
             found[f"student, {label(method)}"] = self.trained(method)
         return found
+
+    def _counted_maps(self) -> dict[str, tuple[str, int]]:
+        """The students whose dynamic mappings are counted: name -> the first teacher's map, the top k."""
+        methods = [one for one in [*self.config.baselines, self.config.method] if isinstance(one, Cdm)]
+        found = {f"student, {label(method)}": (self.maps(method)[0], method.top_k) for method in methods}
+        return {name: (path, top_k) for name, (path, top_k) in found.items() if path is not None}
+
+    @cached_property
+    def runs(self) -> dict[str, Series]:
+        """The metrics of each training run of this config that has a log, the method's last."""
+        methods = [*self.config.baselines, self.config.method]
+        identities = {label(method): self.job(method).export.rpartition("-")[2] for method in methods}
+        found = {name: run_series(self.folder(FOLDER, f"train-{identity}")) for name, identity in identities.items()}
+        return {name: series for name, series in found.items() if series}
 
     @cached_property
     def reports(self) -> list[EvalReport]:
@@ -348,11 +348,11 @@ class Pipeline:
         job = EvaluationJob(
             corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
             documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
-            micro_batch_tokens=self.config.student.micro_batch_tokens,
+            micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
         )  # fmt: skip
         folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
         folders |= {BEFORE: (self.student.path, self.student.revision)}
-        run = self.experiment.run("evaluate", "evaluate", identity, self.run)
+        run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
             reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
@@ -366,20 +366,6 @@ def with_all_splits(corpus: str) -> parts.Manifest:
     if empty:
         raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
     return manifest
-
-
-@contextmanager
-def closing(run: Tracker) -> Iterator[None]:
-    """Ends a stage's run as what it was: finished, failed, or killed by Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        run.close("KILLED")
-        raise
-    except BaseException:
-        run.close("FAILED")
-        raise
-    run.close()
 
 
 def _metrics_note(metrics: Metrics) -> str:

@@ -24,8 +24,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cdm.checkpoints import Metrics, Write, finish
 from cdm.config import StudentPool
+from cdm.journal import RunRef, Tracker, open_run
 from cdm.student import TrainingJob, train
-from cdm.tracking import RunRef, Tracker, open_run
+from cdm.tracking import system_metrics
 from ray_jobs.cluster import use_cpus
 
 OnMetrics = Callable[[int, Metrics], None]
@@ -142,7 +143,8 @@ def _worker(config: dict[str, Any]) -> None:
             tracker.metrics(step, metrics)
             config["board"].write.remote(step, metrics)
 
-    train(config["job"], RayCheckpoints(config["folder"], tracker), on_metrics)
+    with system_metrics(tracker):
+        train(config["job"], RayCheckpoints(config["folder"], tracker), on_metrics)
     tracker.flush()
 
 

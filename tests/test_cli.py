@@ -32,7 +32,18 @@ def small(tmp_path: Path) -> str:
 def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     done = cdm("--help")
     assert done.returncode == 0
-    for command in ("demo", "score", "train", "evaluate", "pipeline", "inspect", "config", "schema"):
+    for command in (
+        "demo",
+        "score",
+        "train",
+        "evaluate",
+        "pipeline",
+        "search",
+        "lineage",
+        "inspect",
+        "config",
+        "schema",
+    ):
         assert f"\n  {command} " in done.stdout
     program = "import sys, cdm.cli\ntry: cdm.cli.app(['--help'])\nexcept SystemExit: pass\nprint(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -123,3 +134,28 @@ def test_inspect_shows_documents(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "unfinished" in done.stdout
     assert "user: Why?" in done.stdout and "response: [bold]Because[/bold]" in done.stdout, "texts are no markup"
+
+
+def test_lineage_of_nothing_is_one_line(tmp_path: Path) -> None:
+    done = cdm("lineage", str(tmp_path / "nothing"), "--storage", str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "neither a finished folder of" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (("name", "small"), "error: search: missing; "),
+        (
+            ("search", {"trials": 2, "space": {"student.stepz": {"type": "choice", "values": [1]}}}),
+            "error: search.space.student.stepz: unknown key; did you mean steps?",
+        ),
+    ],
+)
+def test_a_wrong_search_is_exit_code_2(change: tuple, line: str, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(
+        yaml.safe_dump(changed(change, ("teachers.0.model", str(tmp_path)), ("student.model", str(tmp_path))))
+    )
+    done = cdm("search", str(file))
+    assert done.returncode == 2 and done.stderr.startswith(line) and "Traceback" not in done.stderr

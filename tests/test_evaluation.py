@@ -15,9 +15,11 @@ from cdm.batches import align_part
 from cdm.corpus import table_of
 from cdm.evaluation import evaluate_student, evaluate_teacher, held_out, sample_prompts
 from cdm.grouping import Grouping
+from cdm.mappings import mappings_that_fired
 from cdm.records import Alignment, Document
 from cdm.teacher import TeacherScorer
-from cdm.tokenizers import load_tokenizer
+from cdm.tokenizers import Tokenizer, load_tokenizer
+from cdm.vocab_map import VocabMap, build_vocab_map
 from tests import tiny
 
 ENGINE = {"type": "transformers", "dtype": "float32", "batch_tokens": 512}
@@ -113,3 +115,41 @@ def test_without_a_shared_byte_there_is_no_agreement(world: dict) -> None:
     alone = [replace(row, alignments=(Alignment(none, none),)) for row in world["rows-student"]]
     report = evaluate(world | {"rows-student": alone}, "student")
     assert report.agreement is None and report.shared_boundaries == 0
+
+
+@torch.no_grad()
+def slow_mappings(world: dict, map_path: str, top_k: int) -> dict[tuple[int, int], tuple[float, int]]:
+    """One document and one group at a time: (teacher id, student id) -> (mass, groups)."""
+    vocab_map = VocabMap.load(map_path)
+    model = AutoModelForCausalLM.from_pretrained(world["student"], dtype=torch.float32)
+    found: dict[tuple[int, int], tuple[float, int]] = {}
+    for row in world["rows-student"]:
+        logits = model(torch.tensor([[*row.prompt_s.tolist(), *row.ids_s.tolist()]])).logits[0]
+        scores = row.scores[0]
+        for s, t in zip(row.alignments[0].bounds_s[:-1], row.alignments[0].bounds_t[:-1], strict=True):
+            top_s = logits[len(row.prompt_s) + s - 1].topk(top_k).indices.numpy()
+            ids_t = scores.topk_ids_t[t].astype(np.int64)
+            images = vocab_map.dynamic(ids_t[None], top_s[None])[0]
+            for token, image, logp in zip(ids_t, images, scores.topk_logp_t[t], strict=True):
+                if image >= 0 and token >= 0 and vocab_map.exact[token] < 0:
+                    mass, groups = found.get((int(token), int(image)), (0.0, 0))
+                    found[int(token), int(image)] = (mass + math.exp(logp), groups + 1)
+    return found
+
+
+def test_the_mappings_that_fired_are_the_slow_twins(world: dict) -> None:
+    student, teacher = load_tokenizer(world["student"]), load_tokenizer(world["teacher"])
+    path = str(world["root"] / "map.npz")
+    build_vocab_map(student, teacher, threshold=0.7, protect=False).save(path)
+    options = {"map_path": path, "tokenizer_t": teacher, "top_k": 200, "micro_batch_tokens": 600}
+    found = mappings_that_fired(world["student"], world["rows-student"], **options)
+    slow = slow_mappings(world, path, 200)
+
+    def text(tokenizer: Tokenizer, token: int) -> str:
+        return (tokenizer.token_bytes(token) or b"").decode("utf-8", "replace")
+
+    expected = {(text(teacher, t), text(student, s)): value for (t, s), value in slow.items()}
+    assert len(found) >= 3 and [one["mass"] for one in found] == sorted((one["mass"] for one in found), reverse=True)
+    for one in found:
+        mass, groups = expected[str(one["teacher"]), str(one["student"])]
+        assert one["mass"] == pytest.approx(mass, abs=1e-3) and one["groups"] == groups

@@ -15,7 +15,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NOUNS = ("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods", "config")
+NOUNS = (
+    "records",
+    "config_errors",
+    "config_types",
+    "config_corpus",
+    "config_models",
+    "config_methods",
+    "config_search",
+    "config",
+)
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
     *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step"),
@@ -25,13 +34,13 @@ STAGES = (
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
     *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
-    *("tracking", "report", "search"),
-    *("text_view", "inspection_parts", "inspection", "verification"),
+    *("journal", "tracking", "report", "search", "trials", "lineage"),
+    *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
-JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "stages", "search", "pipeline")
+JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages", "search", "pipeline")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))

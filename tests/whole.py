@@ -94,4 +94,6 @@ def runs(storage: Path) -> dict[str, Any]:
 
 def without_the_student(storage: Path, copy: Path) -> None:
     """A copy of a finished storage folder in which training with `cdm` and what follows are still to do."""
-    shutil.copytree(storage, copy, ignore=shutil.ignore_patterns("cdm-*", "*-cdm-*", "reports", "mlflow.db"))
+    shutil.copytree(
+        storage, copy, ignore=shutil.ignore_patterns("cdm-*", "*-cdm-*", "reports", "mlflow.db", "tracking")
+    )
