@@ -127,7 +127,7 @@ class Sender:
     def close(self) -> None:
         """Sends what is left; says so where the server does not take it in time."""
         self._stop.set()
-        self._thread.join(LAST_SECONDS)
+        self._thread.join(None if self._uri.startswith("sqlite:") else LAST_SECONDS)  # our own file always answers
         waiting = [folder for folder in run_folders(self._storage) if self._unsent(folder)]
         if waiting:
             reason = self._problem or f"no answer within {LAST_SECONDS:g} s"
