@@ -47,7 +47,8 @@ class Validation:
         # Cross-entropy alone reads the first teacher's scores for the agreement, and no others.
         self._data = AlignedData.open(aligned, shards if objective.terms else shards[:1], "validation")
         self._rows = np.arange(min(len(self._data), documents))
-        self._map = maps[0] if maps else None
+        first = maps[0] if maps else None
+        self._exact = None if first is None else torch.from_numpy(VocabMap.load(first).exact).long()
         self._objective, self._tokens, self._collated = objective, micro_batch_tokens, collated
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class Validation:
         validation_agreement where there is a teacher. Collective.
         """
         device = model.model.device
-        images = self._images(model).to(device)
+        images = self._images(model)
         sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in ("nats", "bytes")}
         model.eval()
         for chunk in self._chunks():
@@ -76,9 +77,9 @@ class Validation:
         return chunks[dist.get_rank() :: world]
 
     def _images(self, model: StudentModel) -> Tensor:
-        if self._map is None:  # the tokenizer is the student's own
-            return torch.arange(model.model.get_output_embeddings().out_features)
-        return torch.from_numpy(VocabMap.load(self._map).exact).long()
+        """The student's id of each of the first teacher's; the same id where the tokenizer is the student's own."""
+        device, size = model.model.device, model.model.get_output_embeddings().out_features
+        return torch.arange(size, device=device) if self._exact is None else self._exact.to(device)
 
     def _piece_sums(self, rows: StudentRows, piece: Piece, *, sizes: Tensor, images: Tensor) -> Sums:
         sums = response_sums(rows, piece, sizes=sizes, images=images if piece.teachers else None)

@@ -63,6 +63,8 @@ def dual_job(root: Path, weights: tuple[float, float]) -> TrainingJob:
             shards.write_scores(folder, name, scored, quarantined=quarantined, identity={})
         table, _ = align_part(corpus, folders, name, Grouping("exact", tokenizer), max_length=128)
         parts.write_part(aligned, name, table, row_group_size=shards.ROW_GROUP_DOCUMENTS)
+    for folder in folders:
+        shards.finish_shards(folder, parts.list_parts(aligned), {})
     parts.finish(aligned, {}, kind="aligned")
     build_vocab_map(tokenizer, scorers[1].tokenizer).save(root / "map.npz")
     optimisation = Optimisation(

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -22,18 +18,11 @@ from cdm.student import TrainingJob
 from ray_jobs.cluster import connect
 from ray_jobs.train import run_training
 from tests import distributed
-from tests.distributed import in_checkpoint, in_step, log_to, read_metrics
+from tests.distributed import read_metrics
+from tests.mortal import DOOMED, LIVES, mortal_worker, worker_on_a_doomed_node
 from tests.training import assert_same_curve, assert_same_weights, tiny_job
 
 pytestmark = pytest.mark.slow
-
-# What strikes in each life of the workers: at which rank, and how. The last life is undisturbed.
-LIVES = [
-    (1, partial(in_step, 6)),
-    (0, partial(in_checkpoint, 2)),
-    (0, partial(in_step, 3, signal.SIGSTOP)),
-]
-DOOMED = "doomed"  # a resource of the node that is lost
 
 
 @pytest.fixture(scope="module")
@@ -55,29 +44,6 @@ def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_worker_niceness", "0")
 
 
-class FileTracker(NullTracker):
-    def __init__(self, folder: Path) -> None:
-        self._log = log_to(folder, 0)
-
-    def metrics(self, step: int, values: dict[str, float]) -> None:
-        self._log(step, values)
-
-
-def watched(config: dict[str, Any], fault: Callable[[int, int, dict[str, float]], Callable[[], None] | None]) -> None:
-    """The worker of `run_training`. Its curve goes to a file, and so does the node of each of its lives."""
-    folder, rank = Path(config["folder"]), ray.train.get_context().get_world_rank()
-    me = ray.get_runtime_context().get_node_id()
-    with open(folder / f"rank{rank}.txt", "a+", encoding="utf-8") as file:
-        file.seek(0)
-        life = len(file.readlines())
-        file.write(f"{me}\n")
-    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
-    if (strike := fault(life, rank, node["Resources"])) is not None:
-        strike()
-    ray_jobs.train.open_run = lambda ref: FileTracker(folder)
-    ray_jobs.train._worker(config)
-
-
 def lives(folder: Path, rank: int) -> list[str]:
     return (folder / f"rank{rank}.txt").read_text(encoding="utf-8").split()
 
@@ -93,18 +59,14 @@ def run(worker: Callable[[dict], None], job: TrainingJob, pool: StudentPool, fol
 # --- one node ----------------------------------------------------------------------------------------------------
 
 
-def mortal_worker(config: dict[str, Any]) -> None:
-    watched(config, lambda life, rank, _: LIVES[life][1] if life < len(LIVES) and LIVES[life][0] == rank else None)
-
-
-def test_workers_killed_and_hung_are_started_again_and_end_bit_for_bit(
+def test_workers_that_die_and_hang_are_started_again_and_end_bit_for_bit(
     job: TrainingJob, undisturbed: tuple[TrainingJob, list[dict]], tmp_path: Path
 ) -> None:
     job = replace(job, export=str(tmp_path / "export"))
     with connect():
         curve = run(mortal_worker, job, StudentPool(workers=2, max_failures=len(LIVES), timeout_s=5), tmp_path)
     assert len(lives(tmp_path / "run", 0)) == len(LIVES) + 1
-    assert len(curve) < sum(range(12))
+    assert len(curve) < len(LIVES) * 12, "no life went on where the one before it was"
     for metrics in curve:
         assert_same_curve([metrics], [undisturbed[1][int(metrics["step"]) - 1]], 0.0)
     assert {m["step"] for m in curve} == set(range(1, 13))
@@ -113,15 +75,6 @@ def test_workers_killed_and_hung_are_started_again_and_end_bit_for_bit(
 
 
 # --- two nodes ---------------------------------------------------------------------------------------------------
-
-
-def worker_on_a_doomed_node(config: dict[str, Any]) -> None:
-    """In its sixth step its node dies: the raylet that started it, then it."""
-
-    def strike() -> None:
-        in_step(6, before=lambda: os.kill(os.getppid(), signal.SIGKILL))
-
-    watched(config, lambda life, rank, resources: strike if DOOMED in resources else None)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from tests import tiny
 from tests.test_batches import K, scores
 
 SAME = {
-    *("loss", "ce", "kd", "d1", "d2", "grad_norm", "padding_share", "skipped_steps"),
+    *("loss", "ce", "kd", "d1", "d2", "grad_norm", "skipped_steps"),
     *("validation_bits_per_byte", "validation_kd", "validation_agreement"),
 }
 LATE = {f"time_share.{name}" for name in LAPS}  # the first step after a start has none
