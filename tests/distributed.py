@@ -19,20 +19,28 @@ from cdm.checkpoints import FolderCheckpoints
 from cdm.student import TrainingJob, train
 
 Fault = Callable[[], None]
-TIMEOUT = timedelta(seconds=4)  # until a process that hangs is noticed
+HANGS_AFTER = timedelta(seconds=8)
+NEVER = timedelta(minutes=10)
 
 
 def run(
-    job: TrainingJob, folder: Path, world: int, *, fault: Callable[[], None] | None = None, rank: int | None = None
+    job: TrainingJob,
+    folder: Path,
+    world: int,
+    *,
+    fault: Fault | None = None,
+    rank: int | None = None,
+    timeout: timedelta = NEVER,
 ) -> list[dict[str, float]]:
     """Metrics of every step, in order. `fault` is set up in every process, or in that of one rank, before it trains.
 
-    With a fault every process must end badly: the one that has it, and those that notice.
+    timeout: until a process that hangs is noticed. With a fault every process must end badly: the one that has it, and
+    those that notice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / "store"
     store.unlink(missing_ok=True)
-    arguments = (world, str(store), job, str(folder), fault, rank)
+    arguments = (world, str(store), job, str(folder), fault, rank, timeout)
     context = mp.spawn(_worker, arguments, nprocs=world, join=False, start_method="spawn")
     if fault is None:
         while not context.join():
@@ -40,7 +48,7 @@ def run(
     else:
         survivors = [process for i, process in enumerate(context.processes) if rank is None or i != rank]
         for process in survivors:
-            process.join(60)
+            process.join(300)
         context.processes[rank or 0].kill()  # a stopped one ends by nothing else
         context.processes[rank or 0].join()
         codes = [process.exitcode for process in context.processes]
@@ -63,10 +71,17 @@ def log_to(folder: Path, rank: int) -> Callable[[int, dict[str, float]], None]:
 
 
 def _worker(
-    rank: int, world: int, store: str, job: TrainingJob, folder: str, fault: Fault | None, victim: int | None
+    rank: int,
+    world: int,
+    store: str,
+    job: TrainingJob,
+    folder: str,
+    fault: Fault | None,
+    victim: int | None,
+    timeout: timedelta,
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
     if fault is not None and victim in (None, rank):
         fault()
     keep = job.optimisation.keep_checkpoints
