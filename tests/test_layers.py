@@ -16,14 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = (
-    "records",
-    "config_errors",
-    "config_types",
-    "config_corpus",
-    "config_models",
-    "config_methods",
-    "config_search",
-    "config",
+    *("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods"),
+    *("config_search", "config"),
 )
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "vocab_map", "losses", "rows", "head", "pairs", "baselines"),
@@ -33,18 +27,8 @@ STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
-    *(
-        "grouping",
-        "batches",
-        "checkpoints",
-        "student",
-        "evaluation",
-        "journal",
-        "tracking",
-        "report",
-        "search",
-        "trials",
-    ),
+    *("grouping", "batches", "checkpoints", "student", "evaluation"),
+    *("journal", "tracking", "report", "search", "trials", "lineage"),
     *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
