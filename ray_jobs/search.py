@@ -23,7 +23,7 @@ from cdm import parts
 from cdm.checkpoints import Metrics
 from cdm.config import Config, ConfigError, storage_path
 from cdm.config_search import AnyDistribution, Choice, Int, LogUniform, Search
-from cdm.journal import Journal, RunRef, closing, read_events
+from cdm.journal import Journal, RunRef, read_events
 from cdm.progress import StageView, skipped
 from cdm.search import (
     exact_parameters,
@@ -100,6 +100,8 @@ def search(config: Config, run: Journal, identity: str) -> tuple[str, list[Trial
         _tuner(section, shared).fit()
         trials = [_trial(one, section) for one in _Watcher.ended]
         view.update(len(trials), _note(trials, section))
+    for trial in trials:
+        _end_run(shared, trial)  # a stopped trial's process may have had the last word as it went down
     best = best_trial(trials, section)
     if best is None:
         failed = [trial_folder(folder, trial.id) / FAILED for trial in trials]
@@ -139,7 +141,8 @@ def run_trial(parameters: dict[str, Any], shared: Shared) -> None:
     """The driver of one trial, in an actor of its own: a training run a seed, one after the other.
 
     Validations of the first seed are reported as they come, for the scheduler; the last report is the mean over seeds.
-    A trial that failed by itself fails again at once; one that was killed goes on from its checkpoints.
+    A trial that failed by itself fails again at once; one that was killed goes on from its checkpoints. The run of one
+    that the scheduler stops is ended by the search's driver: this process is taken down, wherever it is.
     """
     trial = tune.get_context().get_trial_id()
     folder = trial_folder(shared.folder, trial)
@@ -147,13 +150,14 @@ def run_trial(parameters: dict[str, Any], shared: Shared) -> None:
     if failed.exists():
         raise ValueError(failed.read_text(encoding="utf-8"))
     run = trial_run(shared, trial)
+    run.params(exact_parameters(search_section(shared.config), parameters))
     try:
-        with closing(run):
-            run.params(exact_parameters(search_section(shared.config), parameters))
-            final = _run_seeds(parameters, shared, folder, run)
+        final = _run_seeds(parameters, shared, folder, run)
     except (ValueError, TrainingFailedError) as error:
         parts.write_bytes(str(folder), FAILED, str(error).encode())
+        run.close("FAILED")
         raise
+    run.close()
     tune.report(final)
 
 
@@ -236,6 +240,14 @@ def trial_run(shared: Shared, trial: str, parent: RunRef | None = None) -> Journ
     return Experiment(shared.config).run("trial", f"trial {trial}", f"{shared.identity}-{trial}", parent or shared.run)
 
 
+def _end_run(shared: Shared, trial: Trial) -> None:
+    """The run of a trial that ended, as what it was."""
+    run = trial_run(shared, trial.id)
+    if trial.state == "stopped":
+        run.tags({"cdm.stopped": f"at step {trial.step}"})
+    run.close("FAILED" if trial.state == "failed" else "FINISHED")
+
+
 # --- Tune --------------------------------------------------------------------------------------------------------
 
 
@@ -312,15 +324,13 @@ class _Watcher(tune.Callback):
         self._show(trials, now)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if not trial.last_result.get("finished"):
-            run = trial_run(self._shared, trial.trial_id)
-            run.tags({"cdm.stopped": f"at step {trial.last_result.get('step', 0)}"})
-            run.close()
+        ended = _trial(trial, self._section)
+        _end_run(self._shared, ended if ended.state == "finished" else replace(ended, state="stopped"))
         self._clean(trials, trial)
         self._show(trials, "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        trial_run(self._shared, trial.trial_id).close("FAILED")
+        _end_run(self._shared, replace(_trial(trial, self._section), state="failed"))
         self._show(trials, "")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:

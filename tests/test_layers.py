@@ -16,14 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = (
-    "records",
-    "config_errors",
-    "config_types",
-    "config_corpus",
-    "config_models",
-    "config_methods",
-    "config_search",
-    "config",
+    *("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods"),
+    *("config_search", "config"),
 )
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),

@@ -13,7 +13,6 @@ from ray.cluster_utils import Cluster
 
 import ray_jobs.train
 from cdm.config import StudentPool
-from cdm.journal import NullTracker
 from cdm.student import TrainingJob
 from ray_jobs.cluster import connect
 from ray_jobs.train import run_training
