@@ -130,6 +130,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("method.temperature", "hot", "method.temperature: expected a number, got 'hot'"),
     ("corpus.packages", "numpy", "corpus.packages: expected a list, got 'numpy'"),
     ("corpus.packages", ["os", 7], "corpus.packages.1: expected text, got 7"),
+    ("resources.student", {"workers": 2, "min_workers": 3}, "resources.student: min_workers 3 exceeds workers, 2"),
     ("resources.teacher.custom", [], "resources.teacher.custom: expected a mapping of keys, got []"),
     ("resources.teacher.custom", {"npu": "x"}, "resources.teacher.custom.npu: expected a number, got 'x'"),
     ("student", None, "student: expected a mapping of keys, got nothing"),
