@@ -49,6 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 # Files that share what is slow to make: the finished pipeline, the real tokenizers.
 TOGETHER = {
     "tests/test_jobs.py": "tests/test_pipeline.py",
+    "tests/test_search_job.py": "tests/test_pipeline.py",
     "tests/test_exactness.py": "tests/test_golden.py",
     "tests/test_tokenizers.py": "tests/test_golden.py",
 }
