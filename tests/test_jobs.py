@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,42 +33,43 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def head() -> Iterator[dict[str, str]]:
     """The environment of a client of a fresh head node, with token authentication on."""
-    folder = tmp_path_factory.mktemp("head")
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32), encoding="utf-8")
-    token.chmod(0o600)
-    dashboard, gcs = free_port(), free_port()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_worker_niceness": "0",
-        "RAY_TMPDIR": str(folder),
-    }
-    options = [f"--port={gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--dashboard-port={dashboard}"]
-    options += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--object-store-memory={200 * 2**20}"]
-    command = [*RAY, "start", "--head", *options, "--disable-usage-stats", "--block"]
-    with open(folder / "head.log", "w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    try:
-        wait_for_the_job_server(client, process)
-        yield client
-    finally:
-        for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+    # Not below pytest's own folder: the path of a socket has at most 107 characters.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        token = Path(folder) / "token"
+        token.write_text(secrets.token_hex(32), encoding="utf-8")
+        token.chmod(0o600)
+        dashboard, gcs = free_port(), free_port()
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_TMPDIR": folder,
+        }
+        options = [f"--port={gcs}", "--node-ip-address=127.0.0.1", "--num-cpus=2", f"--dashboard-port={dashboard}"]
+        options += ["--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--object-store-memory={200 * 2**20}"]
+        command = [*RAY, "start", "--head", *options, "--disable-usage-stats", "--block"]
+        with open(Path(folder) / "head.log", "w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+            wait_for_the_job_server(client, process, log.name)
+            yield client
+        finally:
             with suppress(psutil.NoSuchProcess):
-                child.kill()
-        process.wait(60)
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
+            process.wait(60)
 
 
-def wait_for_the_job_server(client: dict[str, str], process: subprocess.Popen[bytes]) -> None:
+def wait_for_the_job_server(client: dict[str, str], process: subprocess.Popen[bytes], log: str) -> None:
     for _ in range(60):
         done = subprocess.run([*RAY, "job", "list"], env=client, capture_output=True, check=False, timeout=120)
         if done.returncode == 0:
             return
-        assert process.poll() is None, "ray start ended"
+        assert process.poll() is None, Path(log).read_text(encoding="utf-8")
     raise AssertionError(done.stderr.decode())
 
 
