@@ -13,7 +13,7 @@ import ray
 import ray.train
 
 import ray_jobs.train
-from cdm.tracking import NullTracker
+from cdm.journal import NullTracker
 from tests.distributed import in_checkpoint, in_step, log_to
 
 # What strikes in each life of the workers: at which rank, and how. The last life is undisturbed.

@@ -48,6 +48,8 @@ class Killed(Exception):
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of one, in this process."""
+    if dist.is_initialized():  # an engine of vLLM leaves its own
+        dist.destroy_process_group()
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
