@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from cdm import parts, shards
 from cdm.batches import align_part
@@ -25,13 +23,6 @@ from tests import tiny
 from tests.scoring import TRANSFORMERS
 
 K = 20
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def teach(folder: str) -> None:

@@ -20,12 +20,12 @@ from cdm.student import TrainingJob
 from cdm.teacher import render
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.vocab_map import VocabMap
-from tests import distributed, tiny
+from tests import tiny, training
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> TrainingJob:
-    return distributed.tiny_job(tmp_path_factory.mktemp("preflight"))
+    return training.tiny_job(tmp_path_factory.mktemp("preflight"))
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,9 @@ def scorer(model: str) -> TeacherScorer:
 @pytest.fixture(scope="module")  # the last test that takes it breaks it
 def vllm_scorer(model: str) -> Iterator[TeacherScorer]:
     before = dict(os.environ)
-    yield TeacherScorer(model, engine=VLLM, top_k=TOP_K, max_length=MAX_LENGTH)
+    scorer = TeacherScorer(model, engine=VLLM, top_k=TOP_K, max_length=MAX_LENGTH)
+    yield scorer
+    scorer.engine.llm.llm_engine.engine_core.shutdown()  # and its process group with it
     os.environ.clear()
     os.environ.update(before)
 

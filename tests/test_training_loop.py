@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -35,7 +33,7 @@ from tests import tiny
 from tests.test_batches import K
 from tests.training import assert_same_weights, tiny_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("group")]
 
 ALM = Alm(type="alm")  # reads the teacher's log-probabilities of the text itself: what is poisoned here
 KD = "validation_kd"
@@ -43,17 +41,6 @@ KD = "validation_kd"
 
 class Killed(Exception):
     """What the process would not have survived."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one, in this process."""
-    if dist.is_initialized():  # an engine of vLLM leaves its own
-        dist.destroy_process_group()
-    store = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
