@@ -112,6 +112,7 @@ def killer(tmp_path: Path) -> Iterator[Killer]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_twenty_kills_lose_nothing_and_change_no_byte(
     killer: Killer, undisturbed: Path, model: str, corpus_folder: str
 ) -> None:

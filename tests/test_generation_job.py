@@ -18,7 +18,7 @@ from cdm.inspection import inspect_path
 from ray_jobs.generate import GeneratePart, generate, generator_arguments
 from tests import whole
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 CHECK = {"type": "function", "name": "tests.whole:brief"}
 GENERATION = {"replace": "all", "samples": 2, "max_tokens": 48, "stop": ["e"], "top_p": 0.95, "check": CHECK}

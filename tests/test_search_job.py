@@ -16,7 +16,7 @@ from cdm.config import load_config
 from cdm.journal import run_facts, run_folders, run_series
 from tests.whole import CONFIG, finish, start, students, without_the_student, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SPACE = {"student.learning_rate": {"type": "choice", "values": [1e-2, 1e-5]}}
 SEARCH = {"space": SPACE, "searcher": "grid", "grace_steps": 4}

@@ -15,7 +15,7 @@ from tests import distributed
 from tests.distributed import in_checkpoint, in_step
 from tests.training import assert_same_curve, assert_same_weights, tiny_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

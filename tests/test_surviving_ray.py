@@ -21,7 +21,7 @@ from tests.distributed import read_metrics
 from tests.mortal import DOOMED, LIVES, mortal_worker, worker_on_a_doomed_node
 from tests.training import assert_same_curve, assert_same_weights, tiny_job
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
