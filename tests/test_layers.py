@@ -17,16 +17,17 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = (
     *("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods"),
-    *("config_search", "config"),
+    *("config_search", "config_tasks", "config"),
 )
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
-    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step"),
+    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step", "intervals"),
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
+    *("sandbox_init", "sandbox", "tasks", "answers"),
     *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
     *("journal", "tracking", "report", "search", "trials", "lineage"),
     *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
