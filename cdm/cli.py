@@ -91,9 +91,27 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Evaluate teacher and students on held-out documents (and all that this needs)."""
-    _run(config, overrides, "evaluate")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="CONFIG|FOLDER", help="a YAML file, or the folder of a model")],
+    like: Annotated[
+        str | None, typer.Option("--config", metavar="CONFIG", help="of a folder: how, and with which teacher")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="tasks of EleutherAI's lm-eval, with commas between them")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate teacher and students on held-out documents and tasks (and all that this needs)."""
+    more = [] if tasks is None else [f"evaluation.harness=[{tasks}]"]
+    folder = os.path.isdir(what)
+    if folder and like is None:
+        fail(f"{what} is a folder: name with --config the config that says how it is evaluated", 2)
+    if not folder and like is not None:
+        fail(f"--config is for a folder, and {what} is none", 2)
+    checked = read(like or what, [*(overrides or []), *more])
+    from ray_jobs.pipeline import run_evaluation, run_stages
+
+    sys.exit(run_evaluation(checked, what) if folder else run_stages(checked, "evaluate"))
 
 
 @app.command()

@@ -162,7 +162,7 @@ def _nats(rows: StudentRows, piece: Piece, sizes: Tensor) -> Tensor:
 
 
 def _agreement(rows: StudentRows, piece: Piece, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each group's first byte: whether both sides' best next tokens are the same, whether they could be. [G] bool."""
+    """At each group's first byte: whether both sides' best tokens are the same, and whether they can be. [G] bool."""
     teacher = piece.teachers[0]
     best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0]
     known = (best_t >= 0) & (best_t < len(images))  # beyond: padded rows

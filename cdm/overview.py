@@ -39,6 +39,7 @@ class Reviewed:
     runs: Mapping[str, Series]
     rows: Sequence[Row]
     texts: Mapping[str, str]
+    scores: Sequence[Section] = ()
 
 
 def pipeline_page(seen: Reviewed) -> str:
@@ -50,6 +51,7 @@ def pipeline_page(seen: Reviewed) -> str:
             table(seen.results),
         )
     ]
+    found += seen.scores
     if seen.runs:
         found += _curves(seen)
     if seen.rows:

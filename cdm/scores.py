@@ -25,7 +25,7 @@ Columns = dict[str, list[Any]]
 class Scored:
     """One model's score in one metric. seeds: the score under each seed, where answers were sampled more than once.
 
-    categories: of each document, or empty. notes: of some documents, why they scored as they did.
+    categories: of each document, or empty.
     """
 
     model: str
@@ -61,9 +61,9 @@ class Texts:
 
 
 def held_out_scores(reports: Sequence[EvalReport]) -> list[Scored]:
-    """Bits per byte and agreement of each report."""
+    """Bits per byte and agreement of each report that says what each document adds."""
     found = []
-    for report in reports:
+    for report in (one for one in reports if one.sums):
         sums = {name: np.asarray(values, np.float64) for name, values in report.sums.items()}
         bits = Ratio(sums["nats"], sums["bytes"] * LN2)
         found.append(Scored(report.name, HELD_OUT, "bits_per_byte", tuple(report.ids), bits, higher_is_better=False))

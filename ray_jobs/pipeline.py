@@ -7,17 +7,20 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlflow.exceptions import MlflowException
 from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 
+from cdm import sandbox
 from cdm.checks import check_problems
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
 from cdm.config_search import Search
+from cdm.config_tasks import Code
 from cdm.evaluation import held_out, sample_prompts
 from cdm.figures import (
     best_so_far_figure,
@@ -28,18 +31,33 @@ from cdm.figures import (
     loss_figure,
     parallel_figure,
 )
+from cdm.harness import harness_problems
 from cdm.journal import ARTIFACTS, Journal, closing
 from cdm.models import check_pair, context_problems
 from cdm.overview import Reviewed, pipeline_page, search_page
+from cdm.page import Section
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
 from cdm.report import Columns, print_results, print_samples, results, results_figure, samples_table
+from cdm.score_view import score_sections
+from cdm.scores import (
+    HELD_OUT,
+    Scored,
+    category_columns,
+    comparison_columns,
+    comparisons,
+    held_out_scores,
+    score_columns,
+    score_report,
+)
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
 from cdm.trials import BEST, Trial, best_trial, print_trials, read_importance
 from ray_jobs.cluster import IN_JOB, check_pool, connect
+from ray_jobs.runs import short, what_is_asked
 from ray_jobs.search import open_search, search, search_problems
 from ray_jobs.stages import Pipeline, write_text
+from ray_jobs.tasks import GivenStudent, scores_of_harness, scores_of_tasks
 
 
 def show(pipeline: Pipeline) -> None:
@@ -47,17 +65,19 @@ def show(pipeline: Pipeline) -> None:
     reports, run = pipeline.reports, pipeline.run
     columns = results(reports, pipeline.students)
     print_results(columns, console)
+    scored, compared = show_scores(pipeline)
     print_samples(reports[-1], console)
     run.table("results", columns)
     run.table("samples", samples_table(reports))
     run.figure("results.png", results_figure(columns))
-    show_runs(pipeline, columns)
+    show_runs(pipeline, columns, score_sections(scored, compared))
     for report in reports:
         name = plain(report.name)
         run.metrics(0, {f"bits_per_byte.{name}": report.bits_per_byte, f"agreement.{name}": report.agreement or 0.0})
     student = pipeline.students[reports[-1].name]
-    run.folder("student", student)
-    run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
+    if not isinstance(pipeline, GivenStudent):
+        run.folder("student", student)
+        run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
     console.print(f"student: {student}", soft_wrap=True)
     console.print("runs:    `make ui` or `cdm ui CONFIG` opens MLflow on this machine")
 
@@ -67,7 +87,32 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w./-]+", "_", name)
 
 
-def show_runs(pipeline: Pipeline, columns: Columns) -> None:
+def show_scores(pipeline: Pipeline) -> tuple[list[Scored], list[dict[str, Any]]]:
+    """What every model scored, and the last one against the others: printed, logged, and JSON beside the report."""
+    run = pipeline.run
+    of_tasks, texts = scores_of_tasks(pipeline)
+    scored = held_out_scores(pipeline.reports) + of_tasks + scores_of_harness(pipeline)
+    compared = comparisons(scored, texts)
+    columns = score_columns(scored)
+    if columns["model"]:
+        print_results(columns, console, "Tasks")
+        run.table("tasks", columns)
+        run.table("categories", category_columns(scored))
+    run.table("differences", comparison_columns(compared))
+    text = score_report(scored, compared)
+    run.text("scores.json", text)
+    file = pipeline.folder(
+        "reports", f"scores-{short(what_is_asked(pipeline.config), list(pipeline.students.values()))}.json"
+    )
+    write_text(Path(file), text)
+    for one in scored:
+        if one.task != HELD_OUT:
+            run.metrics(0, {plain(f"{one.task}.{one.metric}.{one.model}"): one.interval.value})
+    console.print(f"scores:  {file}", soft_wrap=True)
+    return scored, compared
+
+
+def show_runs(pipeline: Pipeline, columns: Columns, scores: Sequence[Section]) -> None:
     """Curves and coverage as figures of the run, and the page with all that there is to see."""
     config, run, runs = pipeline.config, pipeline.run, pipeline.runs
     aligned = pipeline.align(pipeline.corpus, pipeline.student, pipeline.shards, config.student.max_length)
@@ -79,7 +124,7 @@ def show_runs(pipeline: Pipeline, columns: Columns) -> None:
     for name, series in runs.items():
         if has_coverage(series):
             run.figure(f"coverage-{plain(name)}.png", coverage_figure(series))
-    seen = Reviewed(config, code_version(), columns, pipeline.reports, runs, rows, texts)
+    seen = Reviewed(config, code_version(), columns, pipeline.reports, runs, rows, texts, scores)
     run.text("overview.html", pipeline_page(seen))
     console.print(f"page:    {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
 
@@ -94,6 +139,19 @@ def run_stages(config: Config, until: str) -> int:
     if until == "generate" and config.generation is None:
         problems.append("generation: missing; without this section every response is given")
     return _exit_code(config, problems, lambda: _run_until(config, until))
+
+
+def run_evaluation(config: Config, folder: str) -> int:
+    """Evaluates the model in a folder as the config says, as its student; nothing is trained. Exit codes as above."""
+    given = GivenStudent.config_for(config, folder)
+    return _exit_code(given, preflight(given), lambda: _evaluate(given))
+
+
+def _evaluate(config: Config) -> None:
+    check_pools(config)
+    pipeline = GivenStudent(config)
+    with pipeline.experiment, closing(pipeline.run):
+        show(pipeline)
 
 
 def run_search(config: Config, retrain: int | None = None) -> int:
@@ -189,6 +247,10 @@ def preflight(config: Config) -> list[str]:
         found += memory_problems(student.model.name, student.model.revision, student, pool.workers, device_bytes())
     if config.generation is not None and config.generation.check is not None:
         found += check_problems(config.generation.check.model_dump())
+    if any(isinstance(task, Code) for task in config.evaluation.tasks):
+        found += filter(None, [sandbox.problem()])
+    if config.evaluation.harness:
+        found += harness_problems()
     if IN_JOB in os.environ and not os.path.isabs(os.path.expanduser(config.storage)):
         found.append(f"storage: {config.storage} would be lost with the job's working directory; give a full path")
     return list(dict.fromkeys(found))

@@ -28,14 +28,17 @@ STAGES = (
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
     *("sandbox_init", "sandbox", "tasks", "answers"),
-    *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
+    *("grouping", "batches", "adapters", "preflight", "evaluation", "scores", "harness"),
+    *("checkpoints", "validation", "export", "student"),
     *("journal", "tracking", "report", "search", "trials", "lineage"),
-    *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
+    *("text_view", "mappings", "figures", "page", "score_view", "overview"),
+    *("inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
-JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages", "search", "pipeline")
+FIRST_JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages")
+JOBS = (*FIRST_JOBS, "tasks", "search", "pipeline")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))
