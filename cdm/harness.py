@@ -34,6 +34,7 @@ def run_harness(
     for a task that lm-eval does not know, and for one that would run what the model wrote.
     """
     import lm_eval
+    import torch
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -45,7 +46,13 @@ def run_harness(
     arguments = {"pretrained": model, "dtype": dtype} | ({"revision": revision} if revision else {})
     try:
         found = lm_eval.simple_evaluate(
-            model="hf", model_args=arguments, tasks=list(tasks), limit=limit, log_samples=True, task_manager=manager
+            model="hf",
+            model_args=arguments,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            tasks=list(tasks),
+            limit=limit,
+            log_samples=True,
+            task_manager=manager,
         )
     except ValueError as error:
         if "unsafe" in str(error):
