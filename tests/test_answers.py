@@ -23,8 +23,10 @@ from cdm.answers import (
 from cdm.config_tasks import AnyTask, Instructions
 from cdm.generation import stop_ids
 from cdm.generators import Sampling
+from cdm.harness import _rows, harness_scores
 from cdm.intervals import Ratio
 from cdm.records import Document, EvalReport, Message
+from cdm.score_view import score_sections
 from cdm.scores import (
     Scored,
     Texts,
@@ -185,3 +187,31 @@ def test_a_document_without_a_byte_is_no_regression() -> None:
     ratio = Ratio(np.array([0.0, 2.0]), np.array([0.0, 4.0]))
     one, other = Scored("new", "t", "m", ("a", "b"), ratio), Scored("base", "t", "m", ("a", "b"), ratio)
     assert np.isnan(one.documents[0]) and comparison(one, other, Texts())["regressions"] == []
+
+
+def test_lm_evals_results_become_scores() -> None:
+    """Of a metric that is the mean over documents each of them; of another one the figure alone."""
+    results = {
+        "alias": "sums", "exact_match,strict": 0.5, "exact_match_stderr,strict": 0.1, "exact_match,loose": 1.0,
+        "word_perplexity,none": 12.5, "word_perplexity_stderr,none": "N/A",
+    }  # fmt: skip
+    samples = [
+        {"doc_id": n, "filter": how, "exact_match": float(how == "loose" or n), "word_perplexity": (1.0, 2)}
+        for how in ("strict", "loose")
+        for n in range(2)
+    ]
+    scored = harness_scores("m", _rows("sums", results, samples))
+    assert [(one.metric, one.ratio.value, len(one.ids)) for one in scored] == [
+        ("exact_match, strict", 0.5, 2), ("exact_match, loose", 1.0, 2), ("word_perplexity", 12.5, 1),
+    ]  # fmt: skip
+    assert scored[0].higher_is_better and not scored[2].higher_is_better
+    assert scored[2].interval.half_width == 0
+
+
+def test_a_page_shows_tasks_categories_differences_and_regressions() -> None:
+    base, new = two()
+    texts = Texts({"d": "Prompt <d>"}, {"d": "right"}, {"base": {"d": "right"}, "new": {"d": "wrong"}})
+    sections = score_sections([base, new], comparisons([base, new], {"t": texts}))
+    assert [one.title for one in sections] == ["Tasks", "By category", "Differences", "Regression 1: t rouge_l"]
+    assert "Prompt &lt;d&gt;" in sections[-1].body and "wrong" in sections[-1].body
+    assert score_sections([], []) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,7 +135,8 @@ def test_a_driver_killed_while_training_goes_on_where_it_was(finished: tuple[Pat
 
 def test_a_folder_is_evaluated_in_the_students_place(finished: tuple[Path, str, str], tmp_path: Path) -> None:
     """On held-out documents and on tasks, by real engines in the pool; a second call finds all answers."""
-    storage = finished[0]
+    storage = tmp_path / "storage"
+    shutil.copytree(finished[0], storage, ignore=shutil.ignore_patterns("mlflow.db", "tracking", "reports"))
     folder = next(path for path in students(storage) if "-cdm-" in path.name)
     rows = [{"prompt": f"Say {n}.", "response": f"{n} it is", "kind": "odd" if n % 2 else "even"} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
