@@ -84,8 +84,8 @@ def evaluate_student(
         batch = collate(documents, top_k=1)
         sizes = torch.from_numpy(token_bytes(documents)).to(device)
         of_piece = partial(document_sums, sizes=sizes, images=images, documents=len(documents))
-        for name, values in read_sums(model, to_device(batch, device), of_piece).items():
-            sums[name][chunk] = values.cpu().numpy()
+        for key, values in read_sums(model, to_device(batch, device), of_piece).items():
+            sums[key][chunk] = values.cpu().numpy()
         sums["bytes"][chunk] = [int(row.ends_s[-1]) if len(row.ends_s) else 0 for row in documents]
     samples = tuple(_complete(inner, tokenizer_s, document, sample_tokens) for document in prompts)
     return _report(name, rows, sums, time.perf_counter() - began, samples)

@@ -352,7 +352,8 @@ class Pipeline:
             micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
         )  # fmt: skip
         folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
-        folders |= {BEFORE: (self.student.path, self.student.revision)}
+        if BEFORE in folders:
+            folders[BEFORE] = (self.student.path, self.student.revision)
         run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
             reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
