@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Scored:
     categories: tuple[str, ...] = ()
     higher_is_better: bool = True
 
-    @property
+    @cached_property
     def interval(self) -> Interval:
         return interval(self.ratio)
 

@@ -96,9 +96,10 @@ def show_scores(pipeline: Pipeline) -> tuple[list[Scored], list[dict[str, Any]]]
     columns = score_columns(scored)
     if columns["model"]:
         print_results(columns, console, "Tasks")
-        run.table("tasks", columns)
-        run.table("categories", category_columns(scored))
-    run.table("differences", comparison_columns(compared))
+    tables = {"tasks": columns, "categories": category_columns(scored), "differences": comparison_columns(compared)}
+    for name, table in tables.items():
+        if table["model"]:
+            run.table(name, table)
     text = score_report(scored, compared)
     run.text("scores.json", text)
     file = pipeline.folder(
@@ -242,6 +243,10 @@ def preflight(config: Config) -> list[str]:
     for section in sections:
         if not isinstance(section.model, Pretrain):
             found += context_problems(section.model.name, section.model.revision, section.max_length)
+    if config.evaluation.tasks:
+        for answering in (config.teachers[0], config.student):
+            if not isinstance(answering.model, Pretrain):
+                found += context_problems(answering.model.name, answering.model.revision, config.answer_length)
     student, pool = config.student, config.resources.student
     if not found and pool.gpus and not isinstance(student.model, Pretrain):
         found += memory_problems(student.model.name, student.model.revision, student, pool.workers, device_bytes())
