@@ -32,13 +32,33 @@ ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV = 1, 2, 4
 OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR = 428, 429, 442  # these system calls have one number everywhere
 OPEN_TREE_CLONE, AT_FDCWD, AT_EMPTY_PATH, AT_RECURSIVE, MOVE_MOUNT_F_EMPTY_PATH = 1, -100, 0x1000, 0x8000, 4
 # <linux/prctl.h>
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 CAPABILITY_VERSION_3, LAST_CAPABILITY = 0x20080522, 63
+
+# <linux/seccomp.h>, <linux/filter.h>, <linux/audit.h>
+SECCOMP_MODE_FILTER, KILL, REFUSE, ALLOW = 2, 0x80000000, 0x00050001, 0x7FFF0000  # REFUSE: EPERM
+LOAD, JUMP_EQUAL, JUMP_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06
+X32_CALLS = 0x40000000  # system calls of x86-64 with 32-bit pointers begin here
 
 NOBODY = 65534
 STAGE = "/tmp"  # the new root is put together below it; nobody outside sees this
 DEVICES = ("null", "zero", "full", "random", "urandom")
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+
+# What no program needs: memory that no limit counts (that of System V lives on when nobody has it), and parts of
+# the kernel that faults were often found in.
+REFUSED = {  # machine: (its name in the kernel's audit, numbers)
+    "x86_64": (0xC000003E, {
+        "shmget": 29, "semget": 64, "msgget": 68, "ptrace": 101, "add_key": 248, "request_key": 249, "keyctl": 250,
+        "perf_event_open": 298, "process_vm_readv": 310, "process_vm_writev": 311, "memfd_create": 319, "bpf": 321,
+        "userfaultfd": 323, "io_uring_setup": 425, "memfd_secret": 447,
+    }),
+    "aarch64": (0xC00000B7, {
+        "shmget": 194, "semget": 190, "msgget": 186, "ptrace": 117, "add_key": 217, "request_key": 218, "keyctl": 219,
+        "perf_event_open": 241, "process_vm_readv": 270, "process_vm_writev": 271, "memfd_create": 279, "bpf": 280,
+        "userfaultfd": 282, "io_uring_setup": 425, "memfd_secret": 447,
+    }),
+}  # fmt: skip
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -47,6 +67,18 @@ class Attributes(ctypes.Structure):
     """struct mount_attr."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "userns")]
+
+
+class Instruction(ctypes.Structure):
+    """struct sock_filter."""
+
+    _fields_ = [("code", ctypes.c_uint16), ("yes", ctypes.c_uint8), ("no", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+
+
+class Filter(ctypes.Structure):
+    """struct sock_fprog."""
+
+    _fields_ = [("count", ctypes.c_uint16), ("instructions", ctypes.POINTER(Instruction))]
 
 
 def call(name: str, *arguments: Any) -> int:
@@ -185,6 +217,22 @@ def no_privileges() -> None:
     call("capset", header, (ctypes.c_uint32 * 6)())
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    refuse_calls()
+
+
+def refuse_calls() -> None:
+    """System calls of REFUSED fail with EPERM; those of another machine's numbering kill."""
+    machine = os.uname().machine
+    if machine not in REFUSED:
+        raise OSError(f"system calls of {machine} are not known")
+    audit, numbers = REFUSED[machine]
+    lines = [(LOAD, 0, 0, 4), (JUMP_EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]  # 4, 0: machine, number
+    lines += [(JUMP_AT_LEAST, 0, 1, X32_CALLS), (RETURN, 0, 0, KILL)]
+    for number in numbers.values():
+        lines += [(JUMP_EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]
+    lines.append((RETURN, 0, 0, ALLOW))
+    instructions = (Instruction * len(lines))(*(Instruction(*line) for line in lines))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(Filter(len(lines), instructions)), 0, 0)
 
 
 # --- the program -------------------------------------------------------------------------------------------------
