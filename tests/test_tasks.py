@@ -49,6 +49,31 @@ def test_rouge_l_by_hand(references: list[str], answer: str, expected: float) ->
     assert rouge_l(references, answer) == pytest.approx(expected)
 
 
+PUBLISHED = [  # reference, answer, what `rouge-score` 0.1.2 gives with its stemmer
+    (
+        "Virgin Australia commenced services on 31 August 2000 as Virgin Blue, with two aircraft on a single route.",
+        "The airline's services commenced on August 31st, 2000; it flew two aircrafts on single routes.",
+        0.5294117647058824,
+    ),
+    (
+        "The quick-thinking engineers' solutions were generalised happily.",
+        "An engineer solved it; generalization is a happy solution, thinks the quick one.",
+        0.1904761904761905,
+    ),
+    ("Naïve cafés—Größe 3,5 °C", "naive cafes Grosse 3.5 C", 0.4),
+    (
+        'He said: "don\'t" (twice), dying to be lying; flies, dies, ties',
+        "he didn't say twice that he was dying, lying, flying or tied",
+        0.5599999999999999,
+    ),
+]
+
+
+@pytest.mark.parametrize(("reference", "answer", "expected"), PUBLISHED)
+def test_rouge_l_is_that_of_the_package(reference: str, answer: str, expected: float) -> None:
+    assert rouge_l([reference], answer) == pytest.approx(expected, abs=1e-15)
+
+
 @given(
     st.lists(st.sampled_from(["ab", "cd", "ef"]), max_size=7), st.lists(st.sampled_from(["ab", "cd", "ef"]), max_size=7)
 )
