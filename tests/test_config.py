@@ -120,7 +120,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("teachers.0.topk", 5, "teachers.0.topk: unknown key; did you mean top_k?"),
     ("baselines.0.alpha", 0.5, "baselines.0.alpha: unknown key; known here: type"),
     ("student.model.nam", "x", "student.model.nam: unknown key; did you mean name?"),
-    ("evaluation.model", "x", "evaluation.model: unknown key; known here: documents, samples, sample_tokens"),
+    (
+        "evaluation.model",
+        "x",
+        "evaluation.model: unknown key; known here: documents, samples, sample_tokens, tasks, engine, max_length, harness, "
+        "harness_limit",
+    ),
     # a wrong type
     ("seed", "four", "seed: expected a whole number, got 'four'"),
     ("seed", 0.5, "seed: expected a whole number, got 0.5"),
