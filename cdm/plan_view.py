@@ -58,7 +58,8 @@ def sizes_of(config: Config, rates: Rates) -> tuple[CorpusSize, Sizes]:
     teachers = tuple(ModelSize.of(model_config(teacher.model)) for teacher in config.teachers)
     student = ModelSize.of(model_config(config.student.model))
     shard_bytes = tuple(_shard_bytes(teacher, storage, rates) for teacher in config.teachers)
-    return corpus, Sizes(corpus.documents, corpus.shares, student, teachers, side_s, sides_t, shard_bytes)
+    generator = None if config.generation is None else ModelSize.of(model_config(config.generator.model))
+    return corpus, Sizes(corpus.documents, corpus.shares, student, teachers, side_s, sides_t, shard_bytes, generator)
 
 
 def _shard_bytes(teacher: Teacher, storage: str, rates: Rates) -> float:

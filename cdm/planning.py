@@ -32,7 +32,8 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 class Sizes:
     """documents and their shares by split; the models and the tokens of each side; a scored token's bytes.
 
-    passes: how often the steps of the config are made, 1 but for another size of the corpus.
+    generator: who writes responses, where that is not the first teacher. passes: how often the steps of the config are
+    made, 1 but for another size of the corpus.
     """
 
     documents: float
@@ -42,6 +43,7 @@ class Sizes:
     side_s: Side
     sides_t: tuple[Side, ...]
     shard_bytes: tuple[float, ...]
+    generator: ModelSize | None = None
     passes: float = 1.0
 
     def scaled(self, tokens: float) -> Sizes:
@@ -167,7 +169,7 @@ class _Planner:
         asked, section = self.config.generation, self.config.generator
         assert asked is not None
         pool, device = self.pools.teacher, self.rates.device(self.pools.teacher.device)
-        size, side = ModelSize.of(model_config(section.model)), self.sizes.sides_t[0]
+        size, side = self.sizes.generator or self.sizes.teachers[0], self.sizes.sides_t[0]
         written = self.sizes.documents * self.sizes.shares["train"] * asked.samples
         tokens = written * min(side.response, asked.max_tokens)
         rate, source = self.speeds.scoring(section, size, side, pool)

@@ -30,11 +30,13 @@ STAGES = (
     *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
     *("journal", "tracking", "report", "search", "trials", "lineage"),
     *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
+    *("rates", "model_size", "corpus_size", "calibration", "speeds", "planning", "plan_view"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
-JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages", "search", "pipeline")
+STAGE_JOBS = ("align", "train", "evaluate", "runs", "stages")
+JOBS = ("__init__", "cluster", *ENGINE_JOBS, *STAGE_JOBS, "search", "pipeline", "measure")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))
