@@ -103,18 +103,15 @@ def _shards(sizes: Sizes) -> list[float]:
 
 
 def _print_stages(config: Config, plan: Plan, records: Records, console: Console) -> None:
-    table = _table("Stages", "stage", "on", "Pflop", "speed", "work", "start, end", "seconds", "took")
+    took = {stage.title: records.took(config, stage.title) for stage in plan.stages}
+    known = ("took",) if any(took.values()) else ()
+    table = _table("Stages", "stage", "on", "Pflop", "speed", "work", "start, end", "takes", *known)
     for stage in plan.stages:
-        took = records.took(config, stage.title)
-        cells = (
-            _seconds(stage.work),
-            _seconds(stage.fixed),
-            _seconds(stage.seconds),
-            "" if took is None else _seconds(took),
-        )
-        table.add_row(
-            stage.title, _where(stage), f"{stage.flops / 1e15:,.3g}" if stage.flops else "", stage.source, *cells
-        )
+        ran = took[stage.title]
+        cells = [_seconds(stage.work), _seconds(stage.fixed), _seconds(stage.seconds)]
+        cells += ["" if ran is None else _seconds(ran)] if known else []
+        flops = f"{stage.flops / 1e15:,.3g}" if stage.flops else ""
+        table.add_row(stage.title, _where(stage), flops, stage.source, *cells)
     console.print(table)
     teacher, student = (plan.hours(pool) for pool in (plan.pools.teacher, plan.pools.student))
     console.print(f"wall time {_seconds(plan.seconds)}; device-hours: teacher {teacher:,.3g}, student {student:,.3g}")
@@ -148,7 +145,7 @@ def _print_memory(fit: Fit, pools: Pools, console: Console) -> None:
     if pools.student.device == "cpu":
         console.print("on processors memory is not compared: workers share the machine's")
         return
-    smallest = f"smallest pool: {fit.smallest}" if fit.smallest else "no pool is large enough"
+    smallest = f"smallest pool that does: {fit.smallest}" if fit.smallest else "no number of workers does"
     verdict = "fits" if fit.fits else "does not fit"
     console.print(f"{pools.student.device} has {fit.device / GIB:,.0f} GiB: {verdict}; {smallest}")
 
@@ -171,7 +168,7 @@ def _print_devices(config: Config, sizes: Sizes, rates: Rates, console: Console)
     """A row a device: the config's resources on nothing but that. Problems only where no device will do."""
     table = _table(
         "The config's pools on each device of the table (name a cluster file for its own: --cluster)",
-        "device", "GiB a worker", "of", "smallest pool", "teacher h", "student h", "wall time", "on demand", "spot",
+        "device", "GiB a worker", "of", "least workers", "teacher h", "student h", "wall time", "on demand", "spot",
     )  # fmt: skip
     problems: dict[str, list[str]] = {}
     resources, hf = config.resources, model_config(config.student.model)
@@ -180,7 +177,7 @@ def _print_devices(config: Config, sizes: Sizes, rates: Rates, console: Console)
         fit = student_fit(hf, config.student, pools.student, rates)
         plan = make_plan(config, sizes, pools, rates, Records((), ()))
         problems[name] = fit_problems(config, sizes, pools, rates, fit)
-        smallest = f"{fit.smallest} workers" if fit.smallest else "none"
+        smallest = f"{fit.smallest}" if fit.smallest else "none"
         hours = [f"{plan.hours(pool):,.3g}" for pool in (pools.teacher, pools.student)]
         dollars = [f"${plan.dollars(price):,.2f}" for price in ("on_demand", "spot")]
         memory = (f"{fit.need / GIB:,.1f}", f"{fit.device / GIB:,.0f}", smallest)
@@ -202,6 +199,7 @@ def _print_error(speeds: Speeds, console: Console) -> None:
 
 
 def _seconds(seconds: float) -> str:
-    if seconds < 600:
-        return f"{seconds:,.1f} s"
-    return f"{seconds / 3600:,.2f} h" if seconds < 72 * 3600 else f"{seconds / 86400:,.1f} days"
+    for unit, size, most in (("s", 1, 600), ("min", 60, 3 * 3600), ("h", 3600, 72 * 3600)):
+        if seconds < most:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds / 86400:,.1f} days"
