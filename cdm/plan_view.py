@@ -18,7 +18,7 @@ from cdm.corpus_size import MEASURED, CorpusSize, corpus_size, side
 from cdm.model_size import ModelSize, model_config
 from cdm.planning import Fit, Plan, Sizes, Stage, fit_problems, make_plan, student_fit
 from cdm.preflight import GIB
-from cdm.rates import Pools, Rates, cluster_pools, load_rates, pools_of
+from cdm.rates import CPU, Pools, Rates, cluster_pools, load_rates, pools_of
 from cdm.speeds import Speeds
 
 ORDERS = range(6, 13)  # powers of ten of the corpus's tokens
@@ -38,7 +38,7 @@ def print_plan(config: Config, cluster: str | None, prices: str | None, console:
     elif teacher.gpus or student.gpus:
         return _print_devices(config, sizes, rates, console)
     else:
-        pools = pools_of(teacher, student, ("cpu", "cpu"), os.cpu_count() or 1)
+        pools = pools_of(teacher, student, (CPU, CPU), os.cpu_count() or 1)
     storages = [storage_path(config), storage_path(config, MEASURED)]
     records = read_records(storages, gpus=bool(teacher.gpus or student.gpus))
     plan = make_plan(config, sizes, pools, rates, records)
@@ -115,7 +115,7 @@ def _print_stages(config: Config, plan: Plan, records: Records, console: Console
     console.print(table)
     teacher, student = (plan.hours(pool) for pool in (plan.pools.teacher, plan.pools.student))
     console.print(f"wall time {_seconds(plan.seconds)}; device-hours: teacher {teacher:,.3g}, student {student:,.3g}")
-    if plan.pools.teacher.device != "cpu" or plan.pools.student.device != "cpu":
+    if {plan.pools.teacher.device, plan.pools.student.device} != {CPU}:
         console.print(f"cost at the table's prices: {_cost(plan)}")
 
 
@@ -142,7 +142,7 @@ def _print_memory(fit: Fit, pools: Pools, console: Console) -> None:
     for name, size in parts_of.items():
         table.add_row(name, f"{size / GIB:,.2f}")
     console.print(table)
-    if pools.student.device == "cpu":
+    if pools.student.device == CPU:
         console.print("on processors memory is not compared: workers share the machine's")
         return
     smallest = f"smallest pool that does: {fit.smallest}" if fit.smallest else "no number of workers does"
@@ -172,7 +172,7 @@ def _print_devices(config: Config, sizes: Sizes, rates: Rates, console: Console)
     )  # fmt: skip
     problems: dict[str, list[str]] = {}
     resources, hf = config.resources, model_config(config.student.model)
-    for name in [name for name in rates.devices if name != "cpu"]:
+    for name in [name for name in rates.devices if name != CPU]:
         pools = pools_of(resources.teacher, resources.student, (name, name), os.cpu_count() or 1)
         fit = student_fit(hf, config.student, pools.student, rates)
         plan = make_plan(config, sizes, pools, rates, Records((), ()))

@@ -20,7 +20,7 @@ from cdm.config_models import Optimisation, Pretrain, Student, Teacher
 from cdm.corpus_size import Side
 from cdm.model_size import ModelSize, Work, model_config, training_flops
 from cdm.preflight import GIB, Memory, training_memory
-from cdm.rates import Pool, Pools, Rates
+from cdm.rates import CPU, Pool, Pools, Rates
 from cdm.speeds import Speeds
 
 DECODED_AT_ONCE = 64  # sequences that an engine writes together
@@ -253,7 +253,7 @@ class Fit:
 
 def student_fit(hf: Any, section: Student, pool: Pool, rates: Rates) -> Fit:
     """Weights, gradients and moments are shared by the workers; the rest every one of them needs."""
-    device = int(rates.device(pool.device).memory_gib * max(1.0, pool.devices) * GIB)
+    device = int(rates.device(pool.device).memory_gib * pool.a_worker * GIB)
     alone = training_memory(hf, section, 1)
     left = device - (alone.gathered + alone.logits + alone.activations)
     smallest = math.ceil(alone.state / left) if left > 0 else 0
@@ -271,7 +271,7 @@ def teacher_devices(size: ModelSize, teacher: Teacher, device_gib: float) -> int
 def fit_problems(config: Config, sizes: Sizes, pools: Pools, rates: Rates, fit: Fit) -> list[str]:
     """A line for each thing that cannot be held by the devices, or by the nodes that a cluster file allows."""
     found = []
-    if pools.student.device != "cpu" and not fit.fits:
+    if pools.student.device != CPU and not fit.fits:
         way = (
             f"the smallest pool that does is {fit.smallest} workers (resources.student.workers, now "
             f"{pools.student.processes})"
@@ -283,7 +283,7 @@ def fit_problems(config: Config, sizes: Sizes, pools: Pools, rates: Rates, fit: 
             f"{pools.student.device} has {fit.device / GIB:,.0f}; {way}"
         )
     for teacher, size in zip(config.teachers, sizes.teachers, strict=True):
-        if pools.teacher.device == "cpu":
+        if pools.teacher.device == CPU:
             continue
         needed = teacher_devices(size, teacher, rates.device(pools.teacher.device).memory_gib)
         if needed > pools.teacher.devices:

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 from cdm.config import StudentPool, TeacherPool
 from cdm.config_types import Positive, Share, Strict
 
+CPU = "cpu"  # the device that is a core of a processor
 SHIPPED = Path(__file__).with_name("rates.yaml")
 Amount = Annotated[float, Field(gt=0)]
 
@@ -143,6 +144,11 @@ class Pool:
     most_nodes: int | None = None
 
     @property
+    def a_worker(self) -> float:
+        """Devices that one process of the student uses: no more than one GPU, all of its cores."""
+        return self.devices if self.device == CPU else min(1.0, self.devices)
+
+    @property
     def nodes(self) -> int:
         return math.ceil(self.processes * self.devices / self.node_devices)
 
@@ -207,6 +213,11 @@ def _pool(
             f"{path}: resources.{name} may run on {', '.join(sorted(found))}; choose with resources.{name}.custom"
         )
     instance = rates.instance(found.pop())
+    if instance.device != CPU and not asked.gpus:
+        raise ValueError(
+            f"resources.{name}.gpus is 0, so nothing of {instance.device} in {path} would be used; set it, for instance "
+            f"with --set resources.{name}.gpus=1"
+        )
     nodes = min(most, sum(node.get("max_workers", most) for node in fitting.values()))
     devices = asked.gpus or max(1.0, asked.cpus)
     return Pool(name, instance.device, booked(asked), devices, instance.count, idle, nodes)

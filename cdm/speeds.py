@@ -43,7 +43,8 @@ class Speeds:
     def training(self, model: str, method: str, pool: Pool) -> tuple[float, str]:
         """Operations a second of a worker, and where that is from."""
         device = self.rates.device(pool.device)
-        return _chosen(self.observed, "training", (model, method), device.flops * device.training_mfu * pool.devices)
+        table = device.flops * device.training_mfu * pool.a_worker
+        return _chosen(self.observed, "training", (model, method), table)
 
     def fixed(self, kind: str, title: str, table: float) -> float:
         """Seconds of a stage beside its work: of this stage, else of its kind, else the table's."""

@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Config:
 
 
 def log(config: Config, stage: str, name: str, parent: str | None, tags: dict[str, str]) -> Journal:
-    journal = Journal(RunRef(f"{config.storage}/tracking/{stage}-{name.replace(" ", "-")}"))
+    journal = Journal(RunRef(f"{config.storage}/tracking/{stage}-{name.replace(' ', '-')}"))
     journal.write("run", {"stage": stage, "name": name, "identity": "x", "parent": parent})
     journal.write("status", "RUNNING")
     journal.tags(tags)

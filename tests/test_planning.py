@@ -16,6 +16,7 @@ from cdm.config import Config, parse_config
 from cdm.corpus_size import CorpusSize, Side, side
 from cdm.model_size import ModelSize, Work
 from cdm.planning import Plan, Sizes, fit_problems, make_plan, student_fit, teacher_devices
+from cdm.preflight import GIB
 from cdm.rates import Pools, cluster_pools, load_rates, pools_of
 from tests import whole
 
@@ -243,6 +244,19 @@ def test_a_pool_that_the_cluster_file_does_not_allow() -> None:
     assert any(
         "student needs 100 nodes, the cluster file allows" in x for x in fit_problems(asked, sizes(), pools, RATES, fit)
     )
+
+
+def test_gpus_of_a_cluster_that_nobody_books() -> None:
+    asked = config(resources={"teacher": {"gpus": 1}}).resources
+    with pytest.raises(ValueError, match=r"resources\.student\.gpus is 0, so nothing of A100-40"):
+        cluster_pools(str(ROOT / "cluster.yaml"), asked.teacher, asked.student, RATES)
+
+
+def test_a_worker_uses_one_gpu_or_a_part_of_one() -> None:
+    asked = config()
+    for gpus, gib in ((0.5, 39.5), (1.0, 79.0), (2.0, 79.0)):
+        pool = replace(on("H100", asked).student, devices=gpus)
+        assert student_fit(QWEN2_05B, asked.student, pool, RATES).device == int(gib * GIB)
 
 
 def test_a_cluster_of_machines_that_are_there(tmp_path: Path) -> None:
