@@ -215,7 +215,7 @@ def _pool(
     instance = rates.instance(found.pop())
     if instance.device != CPU and not asked.gpus:
         raise ValueError(
-            f"resources.{name}.gpus is 0, so nothing of {instance.device} in {path} would be used; set it, for instance "
+            f"resources.{name}.gpus is 0, so nothing of {instance.device} in {path} would be used; set it, say "
             f"with --set resources.{name}.gpus=1"
         )
     nodes = min(most, sum(node.get("max_workers", most) for node in fitting.values()))
