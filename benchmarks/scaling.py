@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster
+from ray.data import DataContext
 
 from benchmarks import manifests, scheduling, simulation, table
 from benchmarks.simulation import HOUR, Scenario
@@ -41,6 +42,7 @@ RUNS = 200
 def cluster(nodes: int) -> Iterator[None]:
     """So many raylets with one CPU each, and RAY_ADDRESS naming them."""
     os.environ.update(RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+    DataContext.get_current().wait_for_min_actors_s = 300  # else the first engine may make all the parts
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
