@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from benchmarks.scaling import config
+from benchmarks.scheduling import NoWork, listing_seconds
 from benchmarks.simulation import (
     HOUR,
     Scenario,
@@ -19,6 +23,7 @@ from benchmarks.simulation import (
     train,
     young,
 )
+from cdm.config import parse_config
 
 SCENARIO = Scenario(step=1.0, part=30.0, spread=0.2, handover=0.01)
 
@@ -104,3 +109,20 @@ def test_the_store_bounds_all_nodes_together() -> None:
     assert SCENARIO.checkpoint_seconds(8) == pytest.approx(18e9 / 8e9)
     assert SCENARIO.checkpoint_seconds(1024) == SCENARIO.checkpoint_seconds(20) == pytest.approx(0.9)
     assert SCENARIO.part_seconds(1024) > SCENARIO.part_seconds(8) > SCENARIO.part
+
+
+# --- the measured side, at a tiny size ---------------------------------------------------------------------------
+
+
+def test_the_work_of_a_node_is_the_same_on_more_of_them(tmp_path: Path) -> None:
+    one, four = (parse_config(config(nodes, tmp_path)) for nodes in (1, 4))
+    assert four.student.batch_tokens == 4 * one.student.batch_tokens
+    assert four.corpus.max_documents == 4 * (one.corpus.max_documents or 0)
+    assert (four.resources.teacher.actors, four.resources.student.workers) == (4, 4)
+
+
+def test_parts_without_work_and_a_listing(tmp_path: Path) -> None:
+    row = pa.Table.from_pylist([{"name": "train-0000000.parquet", "rows": 1, "bytes": 1, "sha256": ""}])
+    done = NoWork(str(tmp_path), count_attempt=lambda name: 1)(row)
+    assert done["documents"] == [1] and done["error"] == [""]
+    assert listing_seconds(2000, missing=10) > 0
