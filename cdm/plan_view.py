@@ -195,7 +195,7 @@ def _print_error(speeds: Speeds, console: Console) -> None:
         return
     off = f", predicted from one another they are off by {statistics.mean(map(abs, errors)):.0%}" if errors else ""
     worst = f" ({max(map(abs, errors)):.0%} at worst)" if errors else ""
-    console.print(f"calibrated on {count} runs of this storage folder{off}{worst}")
+    console.print(f"calibrated on {count} run{'s' if count > 1 else ''} of this storage folder{off}{worst}")
 
 
 def _seconds(seconds: float) -> str:
