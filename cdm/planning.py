@@ -159,20 +159,23 @@ class _Planner:
         engines = min(pool.processes, max(1, math.ceil(documents / part)))
         busiest = max(documents / engines, min(documents, part))
         title = f"score {teacher.model.name}"
-        rate, source = self.speeds.scoring(teacher, size, side, pool)
+        rate, source = self.speeds.scoring(teacher.model.name, pool)
         work = busiest * size.scoring(side.documents(1)) / rate
         fixed = self.speeds.fixed("scoring", title, self.rates.fixed_seconds.engine)
         return Stage(title, pool, engines, size.scoring(side.documents(documents)), work, fixed, source)
 
     def _generated(self) -> tuple[Stage, float]:
-        """Writing is bound by reading the weights, once for DECODED_AT_ONCE tokens. And the documents afterwards."""
+        """Writing is bound by reading the weights, once for DECODED_AT_ONCE tokens. And the documents afterwards.
+
+        How many responses are missing is not known before: all of the training split's are taken to be written.
+        """
         asked, section = self.config.generation, self.config.generator
         assert asked is not None
         pool, device = self.pools.teacher, self.rates.device(self.pools.teacher.device)
         size, side = self.sizes.generator or self.sizes.teachers[0], self.sizes.sides_t[0]
         written = self.sizes.documents * self.sizes.shares["train"] * asked.samples
         tokens = written * min(side.response, asked.max_tokens)
-        rate, source = self.speeds.scoring(section, size, side, pool)
+        rate, source = self.speeds.scoring(section.model.name, pool)
         prefill = size.scoring(Work(written * side.prompt, 0.0, 0.0)) / rate
         read = size.weights * BYTES[section.engine.dtype] / (device.bandwidth * DECODE_SHARE * pool.devices)
         work = (prefill + tokens / DECODED_AT_ONCE * read) / pool.processes

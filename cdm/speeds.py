@@ -34,11 +34,11 @@ class Speeds:
     side_s: Side
     sides_t: tuple[Side, ...]
 
-    def scoring(self, teacher: Teacher, size: ModelSize, side: Side, pool: Pool) -> tuple[float, str]:
+    def scoring(self, model: str, pool: Pool) -> tuple[float, str]:
         """Operations a second of an engine, and where that is from."""
         device = self.rates.device(pool.device)
         table = device.flops * device.prefill_mfu * pool.devices
-        return _chosen(self.observed, "scoring", (teacher.model.name, ""), table)
+        return _chosen(self.observed, "scoring", (model, ""), table)
 
     def training(self, model: str, method: str, pool: Pool) -> tuple[float, str]:
         """Operations a second of a worker, and where that is from."""
