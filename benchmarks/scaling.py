@@ -31,7 +31,7 @@ from ray_jobs.pipeline import run_stages
 
 NODES = (1, 2, 4)
 SIMULATED = (8, 32, 128, 512, 1024)
-DOCUMENTS, PART_DOCUMENTS, STEPS, BATCH_TOKENS = 160, 20, 24, 2048  # documents and tokens a node
+DOCUMENTS, PART_DOCUMENTS, STEPS, BATCH_TOKENS = 120, 10, 16, 2048  # documents and tokens a node
 STEP, PART = 1.0, 30.0  # seconds that a step and a part are given in the simulation; their spread is measured
 WORK = 24 * HOUR
 PARTS = 20  # a node
