@@ -20,6 +20,7 @@ from cdm.parts import Manifest, Part
 from cdm.shards import check_identity, finish_shards, open_shards, read_footer, write_scores
 from cdm.teacher import TeacherScorer, check_limits
 from cdm.tokenizers import check_lossless, load_tokenizer
+from ray_jobs.cluster import my_address
 from ray_jobs.pool import OnProgress, PartWorker, make_parts
 
 SHOWN_REASONS = 3
@@ -36,10 +37,12 @@ def score(
     pool: TeacherPool,
     names: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
+    on_node: Callable[[str], None] | None = None,
 ) -> Manifest:
     """The shards of a corpus's parts `names` (default: all); only those that are missing are scored. Needs Ray running.
 
     `on_progress` hears the documents that are done, those of earlier runs included, and a note with the rate.
+    `on_node` hears the address of each node that scores a part.
 
     Raises ValueError: a teacher that cannot score (tokenizer, limits), a folder with shards of something else, more
     documents in quarantine than teacher.max_quarantined_share, resources that this machine lacks.
@@ -65,6 +68,8 @@ def score(
     }
     for row in make_parts(PlacedScorePart, arguments, [corpus.part(name) for name in missing], pool):
         tally.add(row)
+        if on_node is not None:
+            on_node(row["address"])
     return finish_shards(shards_folder, names, identity)
 
 
@@ -121,7 +126,10 @@ class PlacedScorePart(ScorePart):
     """An actor that also says on which node it is."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
-        return super().__call__(batch) | {"node": [ray.get_runtime_context().get_node_id()]}
+        return super().__call__(batch) | {
+            "node": [ray.get_runtime_context().get_node_id()],
+            "address": [my_address()],
+        }
 
 
 def _summary(folder: str, name: str) -> dict[str, Any]:
