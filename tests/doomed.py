@@ -1,17 +1,20 @@
 """`python -m tests.doomed WHAT DOOM CONFIG [--set KEY=VALUE]...`: a stage on a cluster that is about to lose a machine.
 
-The first process of the stage on the machine of this name gets as far as WHAT says, writes its machine's address to the
-file DOOM and waits for its end, so that whoever watches can strike at that moment. The others go on.
+The first process of the stage that gets as far as WHAT says, on any machine but `one`, writes the name of its machine
+to the file DOOM and waits for its end, so that whoever watches can strike at that moment. The others go on.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
+import ray
 
 import ray_jobs.score
 import ray_jobs.train
@@ -20,17 +23,19 @@ from ray_jobs.pipeline import main
 from ray_jobs.score import PlacedScorePart
 from tests.distributed import in_checkpoint, in_step
 
-DOOMED = "two"
+SPARED = "one"
+STRIKES = {"train-step": in_step, "train-checkpoint": in_checkpoint}
 worker = ray_jobs.train._worker
 
 
 def wait_for_the_end(doom: str) -> None:
-    Path(doom).write_text(DOOMED, encoding="utf-8")
+    """Unless another process waits for its own already."""
+    try:
+        with open(doom, "x", encoding="utf-8") as file:
+            file.write(os.uname().nodename)
+    except FileExistsError:
+        return
     signal.pause()
-
-
-def here(doom: str) -> bool:
-    return os.uname().nodename == DOOMED and not Path(doom).exists()
 
 
 class DoomedScorePart(PlacedScorePart):
@@ -41,19 +46,24 @@ class DoomedScorePart(PlacedScorePart):
 
     def make(self, part: Part) -> None:
         self.begun += 1
-        if self.begun == 2 and here(self.doom):
+        if self.begun == 2 and os.uname().nodename != SPARED:
             wait_for_the_end(self.doom)
         super().make(part)
 
 
 def doomed_worker(config: dict[str, Any], *, what: str, doom: str) -> None:
-    if here(doom):
-        before = partial(wait_for_the_end, doom)
-        STRIKES[what](3, before=before)
+    if os.uname().nodename != SPARED and not os.path.exists(doom):
+        STRIKES[what](3, signal.SIGCONT, partial(wait_for_the_end, doom))
     worker(config)
 
 
-STRIKES = {"train-step": in_step, "train-checkpoint": in_checkpoint}
+def fill_the_store(megabytes: int = 64, times: int = 6) -> list[ray.ObjectRef]:
+    """More than the store of the driver's machine holds, all of it in use."""
+    ray.init(log_to_driver=False)
+    held = [ray.put(np.full(megabytes * 2**20, i, np.uint8)) for i in range(times)]
+    subprocess.run(["ray", "memory", "--stats-only"], check=True)
+    return held
+
 
 if __name__ == "__main__":
     what, doom = sys.argv[1:3]
@@ -62,5 +72,9 @@ if __name__ == "__main__":
         DoomedScorePart.doom = doom
         ray_jobs.score.PlacedScorePart = DoomedScorePart
         main("score")
-    ray_jobs.train._worker = partial(doomed_worker, what=what, doom=doom)
-    main("train")
+    elif what == "store":
+        held = fill_the_store()
+        main("score")
+    else:
+        ray_jobs.train._worker = partial(doomed_worker, what=what, doom=doom)
+        main("train")

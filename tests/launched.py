@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
+import signal
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 
 import yaml
 
 from tests.machines import HOME, ROOT, SHARED, Machine, Network
+from tests.scoring import wait_for
 
-# What each machine is for. `box` is on both workers: with one a process, two processes are on two machines.
-RESOURCES = {"one": {"teacher": 1, "box": 1}, "two": {"student": 2, "box": 1}}
+# What each worker is for. With a `box` a process, two processes are on two machines and the third is spare.
+RESOURCES = {"one": {"teacher": 1, "box": 1}, "two": {"student": 2, "box": 1}, "three": {"box": 1}}
+# A lost machine is noticed in seconds where Ray takes a minute, and the object store is small enough to be filled.
+HEAD_ENVIRONMENT = (
+    "RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3 "
+    "AUTOSCALER_HEARTBEAT_TIMEOUT_S=10"
+)
+WORKER_ENVIRONMENT = "RAY_gcs_rpc_server_reconnect_timeout_s=10"
+STORE = f"--object-store-memory={200 * 2**20}"
 PYTHON = f"{HOME}/cdm/.venv/bin/python"
-WORKING_DIR = ["--address", "http://127.0.0.1:8265", "--working-dir", str(ROOT)]
+JOB_SERVER = ["--address", "http://127.0.0.1:8265"]
 
 
 class Launched:
     """Commands are those of docs/operations.md, run on the machine `client` in this repository's folder."""
 
-    def __init__(self) -> None:
+    def __init__(self, quick: bool = True) -> None:
+        self.quick = quick
         self.network = Network("client", "head", *RESOURCES)
         self.machines: Mapping[str, Machine] = self.network.machines
         for name, resources in RESOURCES.items():
@@ -36,6 +46,9 @@ class Launched:
         workers = [self.machines[name].address for name in RESOURCES]
         config["provider"] |= {"head_ip": self.machines["head"].address, "worker_ips": workers}
         config["auth"]["ssh_user"] = "root"
+        for role, environment in (("head", HEAD_ENVIRONMENT), ("worker", WORKER_ENVIRONMENT)):
+            commands = config[f"{role}_start_ray_commands"]
+            commands[-1] = f"{f'export {environment};' if self.quick else ''} {commands[-1]} {STORE}"
         return yaml.safe_dump(config)
 
     def client(self, command: str, check: bool = True) -> str:
@@ -53,28 +66,37 @@ class Launched:
         found = self.on_head("ray list nodes --filter state=ALIVE --format json")
         return set(re.findall(r'"node_ip": "([\d.]+)"', found))
 
-    @contextmanager
-    def tunnel(self) -> Iterator[None]:
-        """`ray dashboard` while the body runs: the job server at port 8265 of the client's loopback."""
+    def up(self) -> None:
+        """With all machines, which the head starts after `ray up` has ended, and with the tunnel to the job server."""
+        self.client("ray up -y ~/cluster.yaml")
+        wait_for(lambda: len(self.nodes()) == 1 + len(RESOURCES), every=1)
         command = self.machines["client"].command("bash", "-c", f"cd {ROOT}; exec ray dashboard ~/cluster.yaml")
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            for _ in range(60):
-                with suppress(AssertionError):
-                    self.client("RAY_AUTH_MODE=token ray job list --address http://127.0.0.1:8265")
-                    break
-            yield
-        finally:
-            process.kill()
-            process.wait()
+        self._tunnel = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+        )
+        wait_for(self.answers, every=1)
+
+    def answers(self) -> bool:
+        listed = self.client(f"RAY_AUTH_MODE=token ray job list {' '.join(JOB_SERVER)} || echo no answer", check=False)
+        return "no answer" not in listed
+
+    def down(self) -> None:
+        os.killpg(self._tunnel.pid, signal.SIGKILL)
+        self._tunnel.wait()
+        self.client("ray down -y ~/cluster.yaml")
 
     def submit(self, *command: str) -> subprocess.Popen[str]:
         """A job; what it prints ends with its state, and its exit code is 0 where it succeeded."""
         name = f"job-{secrets.token_hex(4)}"
-        full = ["ray", "job", "submit", *WORKING_DIR, "--submission-id", name, "--", PYTHON, *command]
+        options = [*JOB_SERVER, "--working-dir", str(ROOT), "--submission-id", name]
+        full = ["ray", "job", "submit", *options, "--", PYTHON, *command]
         return subprocess.Popen(
             self.machines["client"].command("env", "RAY_AUTH_MODE=token", *full),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
 
     def finished(self, *command: str) -> str:

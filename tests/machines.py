@@ -1,7 +1,8 @@
 """Machines inside this one: namespaces joined by a bridge, each with its own address, home, processes and sshd.
 
-Needs root, iproute2, rsync and OpenSSH's client and server. A machine's `/mnt/home` and `/tmp` are its own,
-`/mnt/shared` is the same file system on all of them. Nothing of it is seen outside, and it ends with this process.
+Needs root, iproute2 and rsync, and for machines with sshd OpenSSH's client and server. A machine's `/mnt/home` and
+`/tmp` are its own, `/mnt/shared` is the same file system on all of them. Nothing of it is seen outside, and it ends
+with this process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -19,7 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, SHARED = "/mnt/home", "/mnt/shared"
-PROGRAMS = ("ip", "unshare", "nsenter", "mount", "rsync", "ssh", "sshd", "ssh-keygen")
+PROGRAMS = ("ip", "unshare", "nsenter", "mount", "rsync")
+SSH_PROGRAMS = ("ssh", "sshd", "ssh-keygen")
 UNSHARE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child")
 PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
 
@@ -36,7 +39,7 @@ cat
 """
 
 # $1: the machine's folder, $2: its address, $3: what must stay visible under its path. The shell stays as the first
-# process and takes the dead off the process table.
+# process and takes the dead off the process table. Programs in the home's bin go before the system's.
 MACHINE = """
 set -e
 mount --bind $1/passwd /etc/passwd
@@ -56,7 +59,7 @@ ip link set lo up
 ip address add $2/24 dev eth0
 ip link set eth0 up
 ip route add default dev eth0
-/usr/sbin/sshd -f /mnt/home/sshd_config
+test ! -e /mnt/home/sshd_config || $(PATH=$PATH:/usr/sbin command -v sshd) -f /mnt/home/sshd_config
 echo ready
 while read; do :; done
 """
@@ -72,9 +75,10 @@ PidFile none
 """
 
 
-def why_not() -> str | None:
+def why_not(sshd: bool = True) -> str | None:
     """Why there can be no machines here."""
-    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    needed = (*PROGRAMS, *SSH_PROGRAMS) if sshd else PROGRAMS
+    missing = [program for program in needed if shutil.which(program, path=PATH) is None]
     if missing:
         return f"not installed: {', '.join(missing)}"
     if os.geteuid() != 0:
@@ -106,12 +110,14 @@ class Machine:
         home = self.folder / "home"
         venv = home / "cdm" / ".venv"
         venv.mkdir(parents=True)
-        (home / ".ssh").mkdir(mode=0o700)
-        for key in ("id_ed25519", "id_ed25519.pub"):
-            shutil.copy(self._network.folder / key, home / ".ssh" / key)
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", home / ".ssh" / "host"], check=True)
-        (home / "sshd_config").write_text(SSHD, encoding="utf-8")
-        (home / ".bash_profile").write_text(f"export PATH={PATH} OMP_NUM_THREADS=1\n", encoding="utf-8")
+        profile = f"export PATH={HOME}/bin:{PATH} OMP_NUM_THREADS=1 RAY_worker_niceness=0\n"
+        (home / ".bash_profile").write_text(profile, encoding="utf-8")
+        if self._network.sshd:
+            (home / ".ssh").mkdir(mode=0o700)
+            for key in ("id_ed25519", "id_ed25519.pub"):
+                shutil.copy(self._network.folder / key, home / ".ssh" / key)
+            subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", home / ".ssh" / "host"], check=True)
+            (home / "sshd_config").write_text(SSHD, encoding="utf-8")
         # The packages are there, as they are after a first `make setup`, which takes minutes and needs a network.
         for entry in Path(sys.prefix).iterdir():
             (venv / entry.name).symlink_to(entry)
@@ -154,8 +160,9 @@ class Machine:
     def run(self, *command: str, check: bool = True, timeout: float = 300) -> str:
         """Both outputs of a command on this machine."""
         done = subprocess.run(
-            self.command(*command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-        )
+            self.command(*command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, timeout=timeout,
+        )  # fmt: skip
         assert done.returncode == 0 or not check, done.stdout
         return done.stdout
 
@@ -173,6 +180,7 @@ class Machine:
         """Power off: no process sees it coming, and peers get no answer."""
         psutil.Process(self.pid).kill()
         self._process.wait()
+        self._network.unplug(self)
 
     def cut(self, link: str = "down") -> None:
         """The cable is out: what is sent is lost, connections stay open until somebody gives up."""
@@ -182,10 +190,12 @@ class Machine:
 class Network:
     """Machines by name; the n-th has the address 10.77.0.n. Ends with `close`, or with this process."""
 
-    def __init__(self, *names: str, shared_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, *names: str, sshd: bool = True, shared_bytes: int = 256 * 2**20) -> None:
+        self.sshd, self._shared_bytes = sshd, shared_bytes
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self.folder = Path(self._folder.name)
-        subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", self.folder / "id_ed25519"], check=True)
+        if sshd:
+            subprocess.run(["ssh-keygen", "-qt", "ed25519", "-N", "", "-f", self.folder / "id_ed25519"], check=True)
         self._hub = _Ready([*UNSHARE, "bash", "-c", HUB, "hub", str(shared_bytes)], "ready")
         self._pid = self._hub.last_child()
         addresses = {name: f"10.77.0.{number}" for number, name in enumerate(names, 1)}
@@ -203,6 +213,23 @@ class Network:
         cable = f"to-{machine.name}"
         self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid))
         self.ip("link", "set", cable, "master", "bridge", "up")
+
+    def unplug(self, machine: Machine) -> None:
+        """The cable of a dead machine; the kernel may have taken it away already, or is about to."""
+        delete = [*self.inside("-n"), "ip", "link", "delete", f"to-{machine.name}"]
+        subprocess.run(delete, check=False, stderr=subprocess.DEVNULL)
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """No byte is left on the shared file system while the body runs."""
+        remount = [*self.inside("-m"), "mount", "-o"]
+        used = os.statvfs(f"/proc/{self._pid}/root{SHARED}")
+        kept = (used.f_blocks - used.f_bfree) * used.f_frsize
+        subprocess.run([*remount, f"remount,size={kept}", SHARED], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*remount, f"remount,size={self._shared_bytes}", SHARED], check=True)
 
     def close(self) -> None:
         psutil.Process(self._pid).kill()

@@ -35,12 +35,15 @@ def kuberay() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file", LAUNCHED)
-def test_ray_takes_it(file: str) -> None:
+def test_ray_takes_it(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "id_ed25519").touch()
     cluster = read(file)
     validate_config(cluster)
     nodes = AutoscalingConfig(cluster, skip_content_hash=True).get_node_type_configs()
     most = {name: node.max_worker_nodes for name, node in nodes.items()}
-    assert most == ({"head": 1, **POOLS} if file in CLOUDS else {"local.cluster.node": 2})
+    assert most == ({"head": 1, **POOLS} if file in CLOUDS else {"local.cluster.node": 3})
 
 
 @pytest.mark.parametrize("file", CLOUDS)
