@@ -61,7 +61,7 @@ def fill_the_store(megabytes: int = 64, times: int = 6) -> list[ray.ObjectRef]:
     """More than the store of the driver's machine holds, all of it in use."""
     ray.init(log_to_driver=False)
     held = [ray.put(np.full(megabytes * 2**20, i, np.uint8)) for i in range(times)]
-    subprocess.run(["ray", "memory", "--stats-only"], check=True)
+    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "memory", "--stats-only"], check=True)
     return held
 
 

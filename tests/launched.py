@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -23,9 +23,13 @@ HEAD_ENVIRONMENT = (
     "AUTOSCALER_HEARTBEAT_TIMEOUT_S=10"
 )
 WORKER_ENVIRONMENT = "RAY_gcs_rpc_server_reconnect_timeout_s=10"
+PIPE: dict[str, Any] = {
+    "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True
+}  # fmt: skip
 STORE = f"--object-store-memory={200 * 2**20}"
-PYTHON = f"{HOME}/cdm/.venv/bin/python"
-JOB_SERVER = ["--address", "http://127.0.0.1:8265"]
+PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+ENVIRONMENT, START, TUNNEL, JOB, WATCH, RESIZE, UPGRADE, RESUME, STOP = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+CONFIG = "configs/phi3-qwen2.yaml"  # of the page
 
 
 class Launched:
@@ -38,7 +42,6 @@ class Launched:
         for name, resources in RESOURCES.items():
             self.machines[name].path(f"{HOME}/ray-resources.json").write_text(json.dumps(resources), encoding="utf-8")
         self.machines["client"].path(f"{HOME}/cluster.yaml").write_text(self.config(), encoding="utf-8")
-        self.client("ray get-auth-token --generate > ~/token")
 
     def config(self) -> str:
         text = (ROOT / "cluster-local.yaml").read_text(encoding="utf-8").replace("/shared", SHARED)
@@ -51,53 +54,41 @@ class Launched:
             commands[-1] = f"{f'export {environment};' if self.quick else ''} {commands[-1]} {STORE}"
         return yaml.safe_dump(config)
 
+    def command(self, command: str) -> list[str]:
+        """What runs a command of the page on the client."""
+        changed = command.replace("cluster-local.yaml", "~/cluster.yaml").replace("/shared/", f"{SHARED}/")
+        return self.machines["client"].command("bash", "-ec", f"cd {ROOT}\n{ENVIRONMENT}\n{changed}")
+
     def client(self, command: str, check: bool = True) -> str:
-        return self.machines["client"].run("bash", "-c", f"cd {ROOT}; {command}", check=check)
+        done = subprocess.run(self.command(command), **PIPE, timeout=300)
+        assert done.returncode == 0 or not check, done.stdout
+        return done.stdout
 
     @property
     def token(self) -> str:
-        return self.machines["client"].path(f"{HOME}/token").read_text(encoding="utf-8").strip()
-
-    def on_head(self, command: str) -> str:
-        return self.client(f"ray exec ~/cluster.yaml 'RAY_AUTH_MODE=token ~/cdm/.venv/bin/{command}'")
+        return self.machines["client"].path(f"{HOME}/.ray/auth_token").read_text(encoding="utf-8").strip()
 
     def nodes(self) -> set[str]:
         """Addresses of the nodes that Ray takes for alive."""
-        found = self.on_head("ray list nodes --filter state=ALIVE --format json")
+        ask = "ray exec cluster-local.yaml 'ray list nodes --filter state=ALIVE --format json'"
+        found = self.client(ask, check=False)  # it may not answer yet
         return set(re.findall(r'"node_ip": "([\d.]+)"', found))
 
     def up(self) -> None:
         """With all machines, which the head starts after `ray up` has ended, and with the tunnel to the job server."""
-        self.client("ray up -y ~/cluster.yaml")
+        self.client(START)
         wait_for(lambda: len(self.nodes()) == 1 + len(RESOURCES), every=1)
-        command = self.machines["client"].command("bash", "-c", f"cd {ROOT}; exec ray dashboard ~/cluster.yaml")
-        self._tunnel = subprocess.Popen(
-            command,
-            start_new_session=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-        )
-        wait_for(self.answers, every=1)
-
-    def answers(self) -> bool:
-        listed = self.client(f"RAY_AUTH_MODE=token ray job list {' '.join(JOB_SERVER)} || echo no answer", check=False)
-        return "no answer" not in listed
+        self._tunnel = subprocess.Popen(self.command(TUNNEL), start_new_session=True, **PIPE | {"stdout": None})
+        wait_for(lambda: "no answer" not in self.client("ray job list || echo no answer"), every=1)
 
     def down(self) -> None:
+        self.client(STOP)
         os.killpg(self._tunnel.pid, signal.SIGKILL)
         self._tunnel.wait()
-        self.client("ray down -y ~/cluster.yaml")
 
     def submit(self, *command: str) -> subprocess.Popen[str]:
         """A job; what it prints ends with its state, and its exit code is 0 where it succeeded."""
-        name = f"job-{secrets.token_hex(4)}"
-        options = [*JOB_SERVER, "--working-dir", str(ROOT), "--submission-id", name]
-        full = ["ray", "job", "submit", *options, "--", PYTHON, *command]
-        return subprocess.Popen(
-            self.machines["client"].command("env", "RAY_AUTH_MODE=token", *full),
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        return subprocess.Popen(self.command(f"ray job submit --working-dir . -- python {' '.join(command)}"), **PIPE)
 
     def finished(self, *command: str) -> str:
         """What a job printed that succeeded."""

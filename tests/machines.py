@@ -24,7 +24,7 @@ HOME, SHARED = "/mnt/home", "/mnt/shared"
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "rsync")
 SSH_PROGRAMS = ("ssh", "sshd", "ssh-keygen")
 UNSHARE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child")
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+PATH = f"{sys.base_prefix}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"  # without the virtual environment
 
 # $1: bytes of the shared file system. Ends when its standard input does.
 HUB = """
@@ -129,7 +129,7 @@ class Machine:
     def _stamp(self) -> None:
         """What `make setup` writes last: the packages are those of the pins."""
         choice = Path(sys.prefix, "cdm-setup").read_text(encoding="utf-8").split()[0]
-        self.run("python", "-c", STAMP, f"{HOME}/cdm", choice)
+        self.run("python3", "-c", STAMP, f"{HOME}/cdm", choice)
 
     def start(self) -> None:
         """Power on."""
@@ -210,8 +210,9 @@ class Network:
         subprocess.run([*self.inside("-n"), "ip", *arguments], check=True)
 
     def plug_in(self, machine: Machine) -> None:
-        cable = f"to-{machine.name}"
-        self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", str(machine.pid))
+        cable, card = f"to-{machine.name}", f"02:00:00:00:00:{int(machine.address.split('.')[-1]):02x}"
+        here = ("address", card, "netns", str(machine.pid))  # the same after a restart: others remember it
+        self.ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", *here)
         self.ip("link", "set", cable, "master", "bridge", "up")
 
     def unplug(self, machine: Machine) -> None:

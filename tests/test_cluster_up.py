@@ -16,8 +16,8 @@ import pytest
 
 from cdm.journal import run_series
 from tests import whole
-from tests.launched import JOB_SERVER, Launched
-from tests.machines import SHARED, why_not
+from tests.launched import CONFIG, JOB, RESIZE, RESUME, UPGRADE, WATCH, Launched
+from tests.machines import HOME, SHARED, why_not
 from tests.scoring import files, wait_for
 from tests.training import SAME
 
@@ -95,11 +95,11 @@ def test_teacher_and_student_are_on_different_machines(cluster: Launched, finish
 
 def test_without_the_token_nobody_is_let_in(cluster: Launched) -> None:
     """A job through the tunnel, and a driver on a machine of the cluster; without a token, and with a wrong one."""
-    submit = ["ray", "job", "submit", *JOB_SERVER, "--", "true"]
-    driver = ["python", "-c", f"import ray; ray.init('{cluster.machines['head'].address}:6379'); print('let in')"]
+    python = f"{HOME}/cdm/.venv/bin/python"
+    driver = [python, "-c", f"import ray; ray.init('{cluster.machines['head'].address}:6379'); print('let in')"]
     assert "let in" in cluster.machines["two"].run("env", "RAY_AUTH_MODE=token", *driver)
     for who in (["RAY_AUTH_MODE=disabled"], ["RAY_AUTH_MODE=token", "RAY_AUTH_TOKEN_PATH=/etc/hostname"]):
-        said = cluster.machines["client"].run("env", *who, *submit, check=False)
+        said = cluster.client(f"env {' '.join(who)} ray job submit -- true", check=False)
         assert "AuthenticationError" in said, said
         said = cluster.machines["two"].run("env", *who, *driver, check=False)
         assert "let in" not in said and "Failed to connect to Ray cluster" in said, said
@@ -107,8 +107,7 @@ def test_without_the_token_nobody_is_let_in(cluster: Launched) -> None:
 
 def test_the_token_is_in_no_log_and_no_command_line(cluster: Launched, finished: Store) -> None:
     token = cluster.token.encode()
-    for name in ("client", "head", "one", "two"):
-        machine = cluster.machines[name]
+    for machine in cluster.machines.values():
         assert not [p for p in machine.processes() if token in b" ".join(map(str.encode, p.cmdline()))]
         logs = [path for path in machine.path("/tmp/ray").rglob("*") if path.is_file() and not path.is_symlink()]
         assert not [path for path in logs if token in path.read_bytes()]
@@ -184,6 +183,22 @@ def test_a_full_disk_is_named_and_the_job_goes_on_when_there_is_room(cluster: La
         assert job.returncode != 0 and "No space left" in output, output
     cluster.finished(*command)
     assert store.shards() == finished.shards()
+
+
+# --- docs/operations.md ------------------------------------------------------------------------------------------
+
+
+def test_the_other_commands_of_the_page(cluster: Launched, finished: Store) -> None:
+    store = finished.copy_without(Store(cluster, "runs"), *UNSEEN)
+    config = store.config([])[0]
+    cluster.client(JOB.replace(CONFIG, config))
+    seen = cluster.client(WATCH)
+    for part in ("first", "ray_jobs.pipeline", "Node status", "autoscaler"):
+        assert part in seen
+    cluster.client(RESIZE)
+    cluster.client(RESUME.replace(CONFIG, config))
+    assert re.search("'second' succeeded", cluster.client("ray job logs -f second; ray job status second"))
+    cluster.client(UPGRADE)
 
 
 def test_ray_down_leaves_nothing(cluster: Launched) -> None:
