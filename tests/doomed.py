@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,7 +26,6 @@ from tests.distributed import in_checkpoint, in_step
 
 SPARED = "one"
 STRIKES = {"train-step": in_step, "train-checkpoint": in_checkpoint}
-worker = ray_jobs.train._worker
 
 
 def wait_for_the_end(doom: str) -> None:
@@ -51,10 +51,17 @@ class DoomedScorePart(PlacedScorePart):
         super().make(part)
 
 
-def doomed_worker(config: dict[str, Any], *, what: str, doom: str) -> None:
-    if os.uname().nodename != SPARED and not os.path.exists(doom):
-        STRIKES[what](3, signal.SIGCONT, partial(wait_for_the_end, doom))
-    worker(config)
+def doomed_worker(what: str, doom: str) -> Callable[[dict[str, Any]], None]:
+    """The worker of `run_training`, which gets into its third step or checkpoint."""
+
+    def run(config: dict[str, Any]) -> None:
+        from ray_jobs.train import _worker  # in the worker's process, where it is what it was
+
+        if os.uname().nodename != SPARED and not os.path.exists(doom):
+            STRIKES[what](3, signal.SIGCONT, partial(wait_for_the_end, doom))
+        _worker(config)
+
+    return run
 
 
 def fill_the_store(megabytes: int = 64, times: int = 6) -> list[ray.ObjectRef]:
@@ -76,5 +83,5 @@ if __name__ == "__main__":
         held = fill_the_store()
         main("score")
     else:
-        ray_jobs.train._worker = partial(doomed_worker, what=what, doom=doom)
+        ray_jobs.train._worker = doomed_worker(what, doom)
         main("train")
