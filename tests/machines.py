@@ -1,6 +1,6 @@
 """Machines inside this one: namespaces joined by a bridge, each with its own address, home, processes and sshd.
 
-Needs root, iproute2 and rsync, and for machines with sshd OpenSSH's client and server. A machine's `/mnt/home` and
+Needs root and iproute2, and for machines with sshd OpenSSH's client and server, and rsync. A machine's `/mnt/home` and
 `/tmp` are its own, `/mnt/shared` is the same file system on all of them. Nothing of it is seen outside, and it ends
 with this process.
 """
@@ -21,8 +21,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, SHARED = "/mnt/home", "/mnt/shared"
-PROGRAMS = ("ip", "unshare", "nsenter", "mount", "rsync")
-SSH_PROGRAMS = ("ssh", "sshd", "ssh-keygen")
+PROGRAMS = ("ip", "unshare", "nsenter", "mount")
+SSH_PROGRAMS = ("ssh", "sshd", "ssh-keygen", "rsync")
 UNSHARE = ("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child")
 PATH = f"{sys.base_prefix}/bin:{os.environ['PATH']}:/usr/sbin:/sbin"  # without the virtual environment
 

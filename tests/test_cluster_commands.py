@@ -7,6 +7,7 @@ notes how it was called: apt-get, pip and the mount of the file system.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,8 @@ def write(file: Path, text: str, mode: int = 0o755) -> None:
 def prepare(machine: Machine, cluster: dict[str, Any], token: str) -> None:
     """What the launcher has copied before the first command runs, and the stand-ins."""
     home = machine.folder / "home"
-    excluded = [f"--exclude={pattern}" for pattern in cluster["rsync_exclude"]]
-    filtered = [f"--filter=dir-merge,- {file}" for file in cluster["rsync_filter"]]
-    machine.run("rsync", "-a", *excluded, *filtered, f"{ROOT}/", "cdm/")
+    left_out = shutil.ignore_patterns(*cluster["rsync_exclude"], "__pycache__", "outputs", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, home / "cdm", ignore=left_out, dirs_exist_ok=True)
     (home / ".ray").mkdir()
     write(home / ".ray" / "auth_token", token, 0o644)
     write(home / "ray_bootstrap_config.yaml", yaml.safe_dump(cluster), 0o600)
