@@ -20,6 +20,7 @@ from cdm.parts import Manifest, Part
 from cdm.shards import check_identity, finish_shards, open_shards, read_footer, write_scores
 from cdm.teacher import TeacherScorer, check_limits
 from cdm.tokenizers import check_lossless, load_tokenizer
+from ray_jobs.cluster import my_address
 from ray_jobs.pool import OnProgress, PartWorker, make_parts
 
 SHOWN_REASONS = 3
@@ -37,11 +38,13 @@ def score(
     names: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
     on_speed: Callable[[int, float], None] | None = None,
+    on_node: Callable[[str], None] | None = None,
 ) -> Manifest:
     """The shards of a corpus's parts `names` (default: all); only those that are missing are scored. Needs Ray running.
 
     `on_progress` hears the documents that are done, those of earlier runs included, and a note with the rate;
-    `on_speed`, at the end, the tokens that this run scored and the seconds that it took without the engines' start.
+    `on_speed`, at the end, the tokens that this run scored and the seconds that it took without the engines' start;
+    `on_node` the address of each node that scores a part.
 
     Raises ValueError: a teacher that cannot score (tokenizer, limits), a folder with shards of something else, more
     documents in quarantine than teacher.max_quarantined_share, resources that this machine lacks.
@@ -67,6 +70,8 @@ def score(
     }
     for row in make_parts(PlacedScorePart, arguments, [corpus.part(name) for name in missing], pool):
         tally.add(row)
+        if on_node is not None:
+            on_node(row["address"])
     if on_speed is not None and tally.began is not None:
         on_speed(tally.tokens, time.monotonic() - tally.began)
     return finish_shards(shards_folder, names, identity)
@@ -125,7 +130,10 @@ class PlacedScorePart(ScorePart):
     """An actor that also says on which node it is."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
-        return super().__call__(batch) | {"node": [ray.get_runtime_context().get_node_id()]}
+        return super().__call__(batch) | {
+            "node": [ray.get_runtime_context().get_node_id()],
+            "address": [my_address()],
+        }
 
 
 def _summary(folder: str, name: str) -> dict[str, Any]:

@@ -192,7 +192,7 @@ class Pipeline:
         run = self.experiment.run("score", f"score {model.name}", identity, self.run.ref)
         run.params(section.model_dump(mode="json"))
         run.dataset("corpus", self.corpus_manifest.fingerprint, self.corpus, "scoring")
-        total = self.corpus_manifest.rows
+        total, nodes = self.corpus_manifest.rows, set[str]()
         with closing(run), StageView(f"score {model.name}", "documents", total) as view:
             manifest = score(
                 section,
@@ -203,8 +203,10 @@ class Pipeline:
                 pool=self.config.resources.teacher,
                 on_progress=lambda done, note: view.update(done, note),
                 on_speed=lambda tokens, seconds: run.metrics(0, {"tokens_scored": tokens, "seconds_scored": seconds}),
+                on_node=nodes.add,
             )
             run.tags({"cdm.shards": folder, "cdm.fingerprint": manifest.fingerprint})
+            run.tags({"cdm.nodes": ", ".join(sorted(nodes))})
             run.metrics(0, {k: float(v) for k, v in manifest.meta.items() if isinstance(v, int | float)})
         return folder
 
@@ -311,7 +313,7 @@ class Pipeline:
             run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
-            run_training(
+            nodes = run_training(
                 job,
                 self.config.resources.student,
                 folder=self.folder("runs"),
@@ -319,6 +321,7 @@ class Pipeline:
                 run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
+            run.tags({"cdm.nodes": ", ".join(nodes)})
             view.update(read_about(job.export)["steps"])
 
     # --- evaluation
