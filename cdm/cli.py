@@ -143,6 +143,38 @@ def _run(config: str, overrides: list[str] | None, until: str) -> None:
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="FILE", help="a Ray cluster file: its nodes, how many of them, their prices")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE", help="entries over those of cdm/rates.yaml: devices, prices, speeds")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="first run all stages in miniature, here")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """What a config takes before it runs: tokens, bytes, device-hours, memory, wall time, cost."""
+    checked = read(config, overrides)
+    if measure:
+        from ray_jobs.measure import measure as run_miniature
+
+        code = run_miniature(checked)
+        if code:
+            sys.exit(code)
+    from cdm.plan_view import print_plan
+    from cdm.progress import console
+
+    try:
+        problems = print_plan(checked, cluster, prices, console)
+    except (ValueError, OSError) as error:
+        fail(str(error), 2)
+        raise
+    if problems:
+        fail("\n".join(problems), 1)
+
+
+@app.command()
 def inspect(
     path: Annotated[str, typer.Argument(help="a corpus, shards, aligned, model or run folder, or a part of one")],
     rows: Annotated[int, typer.Option(help="documents shown")] = 3,

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cdm
 import ray_jobs
@@ -51,6 +52,17 @@ def connect() -> Iterator[None]:
 def use_cpus(cpus: float) -> None:
     """As many threads as this worker has booked CPUs: left alone, each of several workers starts one for every core."""
     torch.set_num_threads(max(1, int(cpus)))
+
+
+def beside_me() -> dict[str, Any]:
+    """Options of an actor without CPUs on this process's own node: whatever other node is lost, it stays."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def my_address() -> str:
+    """Of the node that this worker is on, as runs record it."""
+    return str(ray.util.get_node_ip_address())
 
 
 def check_resources(needed: Mapping[str, float], section: str, who: str) -> None:

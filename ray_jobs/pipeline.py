@@ -209,11 +209,20 @@ def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> 
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, RayError, TrainingFailedError, MlflowException) as error:
-        log = storage_path(config, "error.log")
-        write_text(Path(log), traceback.format_exc())
-        print(f"error: {root_cause(error)}\n(traceback: {log}; the same command goes on from here)", file=sys.stderr)
+        saved = _save_traceback(config)
+        print(f"error: {root_cause(error)}\n({saved}; the same command goes on from here)", file=sys.stderr)
         return 1
     return 0
+
+
+def _save_traceback(config: Config) -> str:
+    """Where the traceback of the error in hand is, or why it is nowhere."""
+    log = storage_path(config, "error.log")
+    try:
+        write_text(Path(log), traceback.format_exc())
+    except OSError as error:  # the folder may be what is full
+        return f"no traceback: {error}"
+    return f"traceback: {log}"
 
 
 STAGES: dict[str, Callable[[Pipeline], object]] = {

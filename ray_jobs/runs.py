@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from cdm import __version__
 from cdm.config import Config, digest
-from cdm.config_methods import AnyMethod
 from cdm.journal import Journal
 from cdm.tracking import Experiment, code_version
 
 FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
-
-
-def label(method: AnyMethod) -> str:
-    """A method by name, with the options that are not the defaults: two of one type stay apart."""
-    default = type(method)(type=method.type)
-    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
-    return ", ".join([method.type, *options])
 
 
 def what_is_asked(config: Config) -> dict[str, object]:

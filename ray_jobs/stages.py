@@ -7,6 +7,9 @@ made from, so a changed config is a new folder.
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +17,7 @@ from pathlib import Path
 from cdm import parts
 from cdm.checkpoints import Metrics
 from cdm.config import Config, storage_path
-from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
+from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft, label
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
 from cdm.export import read_about
@@ -31,7 +34,7 @@ from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import Sides, align
 from ray_jobs.evaluate import EvaluationJob, evaluate
 from ray_jobs.generate import generate, generation_identity
-from ray_jobs.runs import label, open_top_run, short, what_is_asked
+from ray_jobs.runs import open_top_run, short, what_is_asked
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
@@ -64,6 +67,14 @@ class Pipeline:
     def folder(self, *names: str) -> str:
         return storage_path(self.config, *names)
 
+    @contextmanager
+    def _timed(self, name: str, title: str, unit: str, total: int | None = None) -> Iterator[StageView]:
+        """The view of a stage without a run of its own; the run above learns its seconds, for `cdm plan`."""
+        began, metric = time.monotonic(), f"seconds.{name}"
+        with StageView(title, unit, total) as view:
+            yield view
+        self.run.metrics(self.run.last_steps.get(metric, -1) + 1, {metric: time.monotonic() - began})
+
     # --- corpus
 
     @cached_property
@@ -74,7 +85,7 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped("corpus", folder)
             return folder
-        with StageView("corpus", "documents") as view:
+        with self._timed("corpus", "corpus", "documents") as view:
             manifest = write_corpus(self.config.corpus, folder, view.update, replace=replace)
             view.update(manifest.rows)
         return folder
@@ -134,7 +145,7 @@ class Pipeline:
             raise ValueError(f"{asked.name}: a model of type pretrain learns from responses; the corpus has none")
         initial = path if asked.training.steps == 0 else f"{path}.initial"
         if not Path(initial).exists():
-            with StageView(f"initialise {asked.name}", "models", 1) as view:
+            with self._timed("initialise", f"initialise {asked.name}", "models", 1) as view:
                 build_model(asked, self.source, initial, seed=self.config.seed)
                 view.update(1)
         if asked.training.steps:
@@ -181,7 +192,7 @@ class Pipeline:
         run = self.experiment.run("score", f"score {model.name}", identity, self.run.ref)
         run.params(section.model_dump(mode="json"))
         run.dataset("corpus", self.corpus_manifest.fingerprint, self.corpus, "scoring")
-        total = self.corpus_manifest.rows
+        total, nodes = self.corpus_manifest.rows, set[str]()
         with closing(run), StageView(f"score {model.name}", "documents", total) as view:
             manifest = score(
                 section,
@@ -191,8 +202,11 @@ class Pipeline:
                 shards_folder=folder,
                 pool=self.config.resources.teacher,
                 on_progress=lambda done, note: view.update(done, note),
+                on_speed=lambda tokens, seconds: run.metrics(0, {"tokens_scored": tokens, "seconds_scored": seconds}),
+                on_node=nodes.add,
             )
             run.tags({"cdm.shards": folder, "cdm.fingerprint": manifest.fingerprint})
+            run.tags({"cdm.nodes": ", ".join(sorted(nodes))})
             run.metrics(0, {k: float(v) for k, v in manifest.meta.items() if isinstance(v, int | float)})
         return folder
 
@@ -223,7 +237,7 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped("align", folder)
             return folder
-        with StageView("align", "parts", len(manifest.parts)) as view:
+        with self._timed("align", "align", "parts", len(manifest.parts)) as view:
             align(corpus, shards, sides, folder, max_length=max_length, meta=meta, on_progress=view.update)
         return folder
 
@@ -299,7 +313,7 @@ class Pipeline:
             run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
-            run_training(
+            nodes = run_training(
                 job,
                 self.config.resources.student,
                 folder=self.folder("runs"),
@@ -307,6 +321,7 @@ class Pipeline:
                 run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
+            run.tags({"cdm.nodes": ", ".join(nodes)})
             view.update(read_about(job.export)["steps"])
 
     # --- evaluation

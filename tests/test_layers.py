@@ -33,12 +33,13 @@ STAGES = (
     *("journal", "tracking", "report", "search", "trials", "lineage"),
     *("text_view", "mappings", "figures", "page", "score_view", "overview"),
     *("inspection_parts", "inspection", "verification"),
+    *("rates", "model_size", "corpus_size", "calibration", "speeds", "planning", "plan_view"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
 FIRST_JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages")
-JOBS = (*FIRST_JOBS, "tasks", "search", "pipeline")
+JOBS = (*FIRST_JOBS, "tasks", "search", "pipeline", "measure")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))
