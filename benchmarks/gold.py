@@ -62,7 +62,8 @@ def equal_pairs(tokenizer: Tokenizer, count: int) -> Pairs:
         room = LENGTH - 1 - len(tokenizer.encode_prompt(document.prompt))
         ids = tokenizer.encode_with_ends(response)[0]
         cut = tokenizer.hf.decode(ids[:room]) if LEAST <= room <= len(ids) else ""
-        if cut and len(tokenizer.encode_with_ends(cut)[0]) == room:
+        apart, joined = tokenizer.encode_with_ends(cut)[0], tokenizer.encode_with_ends(f"{prompt}\n{cut}")[0]
+        if cut and len(apart) == room and len(joined) == LENGTH - 1:  # TRL reads prompt and response as one text
             found.append((prompt, cut))
         if len(found) == count:
             return found
