@@ -106,7 +106,7 @@ def gold(root: Path, student: str, teacher: str, pairs: Pairs) -> float:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     sys.path.append(str(PEERS))
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
     clock = Clock()
@@ -128,7 +128,7 @@ def gold(root: Path, student: str, teacher: str, pairs: Pairs) -> float:
         teacher_model=AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32),
         args=asked,
         train_dataset=Dataset.from_list(texts),
-        processing_class=AutoTokenizer.from_pretrained(student),
+        processing_class=load_tokenizer(student).hf,  # AutoTokenizer would read GPT-2's in a qwen2 folder as Qwen2's
         callbacks=[Ticks()],
     )
     lengths = {len(ids) for ids in trainer.train_dataset["input_ids"]}

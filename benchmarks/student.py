@@ -87,7 +87,7 @@ def rate(lines: list[Line]) -> float:
 def prepared(root: Path) -> TrainingJob:
     torch.set_num_threads(1)
     optimisation = Optimisation(
-        steps=STEPS, batch_tokens=1024, micro_batch_tokens=512, precision="float32", max_length=256, warmup_steps=2,
+        steps=STEPS, batch_tokens=2048, micro_batch_tokens=1024, precision="float32", max_length=256, warmup_steps=2,
         checkpoint_every=EVERY, validate_every=STEPS, validation_documents=runs.VALIDATION,
     )  # fmt: skip
     texts = runs.documents(runs.dolly()[:DOCUMENTS])
