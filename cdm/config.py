@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cdm.config_compare import Compare
 from cdm.config_corpus import AnyCorpus, Fields
 from cdm.config_errors import ConfigError, apply_override, describe
 from cdm.config_methods import AnyMethod, Sft
@@ -85,6 +86,7 @@ class Config(Strict):
     baselines: list[AnyMethod] = Field(default_factory=list, description="also trained, for the table of results")
     evaluation: Evaluation = Evaluation()
     search: Search | None = None
+    compare: Compare | None = None
     resources: Resources = Resources()
     tracking: AnyTracking = Field(default_factory=lambda: Mlflow(type="mlflow"))
 
@@ -124,6 +126,10 @@ class Config(Strict):
         if isinstance(check, FinalNumber) and (columns is None or check.reference not in columns.metadata):
             raise ValueError(f"generation.check.reference: {check.reference!r} is not in corpus.metadata")
         return self
+
+    @property
+    def student_seed(self) -> int:
+        return self.seed if self.student.seed is None else self.student.seed
 
     @property
     def generator(self) -> Teacher:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = (
     *("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods"),
-    *("config_search", "config"),
+    *("config_search", "config_compare", "config"),
 )
 CORE = (
     *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
@@ -28,13 +28,25 @@ STAGES = (
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
     *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
-    *("journal", "tracking", "report", "search", "trials", "lineage"),
+    *("journal", "tracking", "report", "search", "trials", "comparison", "lineage"),
     *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
-JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages", "search", "pipeline")
+JOBS = (
+    "__init__",
+    "cluster",
+    *ENGINE_JOBS,
+    "align",
+    "train",
+    "evaluate",
+    "runs",
+    "stages",
+    "search",
+    "compare",
+    "pipeline",
+)
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))
