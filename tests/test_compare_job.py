@@ -25,7 +25,8 @@ ONE_WORKER = {"student": {"workers": 1}}
 
 
 def of_students(storage: Path) -> dict[str, int]:
-    return {folder.name: folder.stat().st_mtime_ns for folder in students(storage)}
+    """Those that are whole."""
+    return {folder.name: folder.stat().st_mtime_ns for folder in students(storage) if folder.suffix != ".unfinished"}
 
 
 def test_a_killed_comparison_makes_what_is_missing(finished: tuple[Path, str, str], tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_a_killed_comparison_makes_what_is_missing(finished: tuple[Path, str, st
     before, scored = of_students(storage), scores(storage)
     config = write_config(tmp_path, storage, compare=COMPARE, student=STUDENT, resources=ONE_WORKER)
     process = start("compare", config)
-    while not [folder for folder in students(storage) if folder.name not in before and folder.suffix == ""]:
+    while not of_students(storage).keys() - before.keys():
         assert process.poll() is None, finish(process)
         threading.Event().wait(0.05)
     kill(process)
