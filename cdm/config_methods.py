@@ -106,6 +106,11 @@ class Cdm(Tempered):
     type: Literal["cdm"]
     threshold: Share = Field(0.3, description="theta: largest edit distance of a dynamic mapping")
     protect: bool = Field(True, description="numbers, operators and white space match exactly or not at all")
+    unmatched: Literal["spelling", "prefix"] = Field(
+        "spelling",
+        description="a token without an exact twin maps to a near spelling, or to a token that it begins with",
+    )
+    observed: bool = Field(False, description="the text's own two tokens at a group's start map to one another")
     top_k: Positive = Field(100, description="live candidates of the student, and of the teacher's stored ones")
     tail: Literal["renormalise", "residual"] = "renormalise"
     dual: bool = True

@@ -16,13 +16,13 @@ from torch import Tensor
 from cdm.batches import AlignedData, Row, collate, micro_batches, token_bytes
 from cdm.corpus import read_documents
 from cdm.head import Sums
+from cdm.images import exact_map
 from cdm.models import load_model
 from cdm.pieces import Piece
 from cdm.records import AlignedBatch, Document, EvalReport
 from cdm.rows import StudentRows, token_logp
 from cdm.step import StudentModel, to_device
 from cdm.tokenizers import Tokenizer, load_tokenizer
-from cdm.vocab_map import exact_map
 
 LN2 = math.log(2)
 
@@ -102,7 +102,7 @@ def _images(tokenizer_s: Tokenizer, tokenizer_t: Tokenizer) -> np.ndarray:
     """The student's id of each teacher id, -1 where there is none; the same id in the same tokenizer. int64 [V_t]."""
     if tokenizer_s.vocabulary == tokenizer_t.vocabulary:
         return np.arange(tokenizer_t.vocab_size)
-    return exact_map(tokenizer_s, tokenizer_t).astype(np.int64)
+    return exact_map(tokenizer_s, tokenizer_t, "emitted").astype(np.int64)
 
 
 def read_sums(model: StudentModel, batch: AlignedBatch, sums_of: Callable[[StudentRows, Piece], Sums]) -> Sums:

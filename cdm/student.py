@@ -85,7 +85,7 @@ def objective_of(job: TrainingJob) -> Objective:
     """The method's terms, one a teacher; a teacher with the student's own tokenizer is a plain top-k KL."""
     if isinstance(job.method, Sft):
         return Objective(1.0, (), ())
-    options = job.method.model_dump(exclude={"type", "alpha", "align", "threshold", "protect"})
+    options = job.method.model_dump(exclude={"type", "alpha", "align", "threshold", "protect", "unmatched"})
     terms = [_term(job.method.type, path, options) for path in job.maps]
     return Objective(job.method.alpha, tuple(terms), job.weights)
 

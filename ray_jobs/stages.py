@@ -258,7 +258,8 @@ class Pipeline:
             threshold, protect = 0.0, True  # most methods read the exact part alone
             if isinstance(method, Cdm | MinEdit):
                 threshold, protect = method.threshold, method.protect
-            file = vocab_map_file(student, teacher, threshold, protect, self.folder("maps"))
+            unmatched = method.unmatched if isinstance(method, Cdm) else "spelling"
+            file = vocab_map_file(student, teacher, threshold, protect, self.folder("maps"), unmatched)
             found.append(str(file))
         return tuple(found)
 

@@ -20,7 +20,7 @@ NOUNS = (
     *("config_search", "config_compare", "config"),
 )
 CORE = (
-    *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
+    *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "images", "vocab_map"),
     *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step"),
 )
 STAGES = (
