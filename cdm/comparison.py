@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -120,7 +121,7 @@ class Interval:
     half: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
+        return f"{self.mean:z.3f}" + ("" if self.half is None else f" ± {self.half:.3f}")
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -202,13 +203,12 @@ def table_columns(found: Sequence[Summary], section: Compare) -> Columns:
     rows = [
         {
             "variant": one.variant,
-            "seeds": str(one.seeds),
             "bits per byte": str(one.bits_per_byte),
             f"less than {section.baseline}": str(Interval(-one.difference.mean, one.difference.half)),
             "gap closed": _text(one.gap),
             "gap closed a minute": _text(one.gap_a_minute),
             "agreement": _text(one.agreement),
-            "s a step": _text(one.step_seconds),
+            "s a step": "-" if one.step_seconds is None else f"{one.step_seconds.mean:.3f}",
             "peak GiB": f"{one.peak_memory_gib:.2f}",
             "unmapped": "-" if one.unmapped is None else f"{one.unmapped:.3f}",
         }
@@ -229,9 +229,10 @@ def markdown(columns: Columns) -> str:
 
 
 def print_comparison(columns: Columns, teacher: float, console: Console) -> None:
-    table = Table(title=f"Held-out documents; the teacher has {teacher:.3f} bits per byte", title_justify="left")
+    title = f"Held-out documents; the teacher has {teacher:.3f} bits per byte"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name, justify="left" if name == "variant" else "right")
+        table.add_column(name, justify="left" if name == "variant" else "right", min_width=6)
     for row in zip(*columns.values(), strict=True):
         table.add_row(*row)
     console.print(table)

@@ -238,7 +238,9 @@ class Pipeline:
         """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies."""
         asked = self.config.student
         engine = TransformersEngine(type="transformers", dtype="float32")
-        section = Teacher(model=asked.model, engine=engine, top_k=1, max_length=asked.max_length)
+        # What the student cannot read is left out of the alignment, and counted there; `min_coverage` is its limit.
+        limits = {"max_length": asked.max_length, "max_quarantined_share": 1.0}
+        section = Teacher(model=asked.model, engine=engine, top_k=1, **limits)
         return self._scored(section, self.student)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:

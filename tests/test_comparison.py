@@ -176,7 +176,7 @@ def test_what_is_written_and_shown(tmp_path: Path) -> None:
     assert [Result(**one) for one in values["students"]] == RESULTS and values["teacher_bits_per_byte"] == 1.0
     assert values["summary"][0]["gap"]["mean"] == pytest.approx(0.375)
     head, rule, *rows = markdown(columns).splitlines()
-    assert len(rows) == 2 and {line.count("|") for line in (head, rule, *rows)} == {11}
+    assert len(rows) == 2 and {line.count("|") for line in (head, rule, *rows)} == {10}
     assert "share, equal steps" in drawn and drawn.count("<svg") == 1
     page = compare_page(config(), section(), columns, 1.0, figure)
     assert "cdm" in page and drawn[:40] in page
