@@ -206,7 +206,7 @@ def table_columns(found: Sequence[Summary], section: Compare) -> Columns:
             "bits per byte": str(one.bits_per_byte),
             f"less than {section.baseline}": str(Interval(-one.difference.mean, one.difference.half)),
             "gap closed": _text(one.gap),
-            "gap closed a minute": _text(one.gap_a_minute),
+            "a minute": _text(one.gap_a_minute),
             "agreement": _text(one.agreement),
             "s a step": "-" if one.step_seconds is None else f"{one.step_seconds.mean:.3f}",
             "peak GiB": f"{one.peak_memory_gib:.2f}",

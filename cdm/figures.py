@@ -152,7 +152,7 @@ def comparison_figure(found: Sequence[Summary], section: Compare) -> Figure:
         axes.axvline(0, linestyle="--", linewidth=1, color=INK)
         _style(axes, name, "")
     axes.set_yticks(range(len(shown)), [one.variant for one in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.4, -0.6)
     return figure
 
 
