@@ -135,6 +135,15 @@ def search(
     sys.exit(run_search(checked, retrain))
 
 
+@app.command()
+def compare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the variants of the config's `compare` section, several seeds each, and hold them against each other."""
+    checked = read(config, overrides)
+    from ray_jobs.pipeline import run_compare
+
+    sys.exit(run_compare(checked))
+
+
 def _run(config: str, overrides: list[str] | None, until: str) -> None:
     checked = read(config, overrides)
     from ray_jobs.pipeline import run_stages

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cdm.config_compare import Compare
 from cdm.config_corpus import AnyCorpus, Fields
 from cdm.config_errors import ConfigError, apply_override, describe
 from cdm.config_methods import AnyMethod, Sft
@@ -80,6 +81,7 @@ class Config(Strict):
     baselines: list[AnyMethod] = Field(default_factory=list, description="also trained, for the table of results")
     evaluation: Evaluation = Evaluation()
     search: Search | None = None
+    compare: Compare | None = None
     resources: Resources = Resources()
     tracking: AnyTracking = Field(default_factory=lambda: Mlflow(type="mlflow"))
 
@@ -137,6 +139,10 @@ class Config(Strict):
     def answer_length(self) -> int:
         """Tokens of prompt and answer in `evaluation.tasks`."""
         return self.evaluation.max_length or min(self.teachers[0].max_length, self.student.max_length)
+
+    @property
+    def student_seed(self) -> int:
+        return self.seed if self.student.seed is None else self.student.seed
 
     @property
     def generator(self) -> Teacher:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cdm
@@ -85,6 +86,14 @@ def check_pool(pool: TeacherPool | StudentPool, count: int, section: str, who: s
     """`check_resources` for `count` actors of a pool."""
     one = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.custom}
     check_resources({name: amount * count for name, amount in one.items()}, section, who)
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line that says what went wrong, through Ray's wrappers."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _start_embedded() -> None:

@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
 from cdm import sandbox
 from cdm.checks import check_problems
+from cdm.comparison import (
+    MARKDOWN,
+    compare_section,
+    print_comparison,
+    summaries,
+    table_columns,
+    write_comparison,
+)
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
 from cdm.config_search import Search
@@ -25,16 +33,18 @@ from cdm.evaluation import held_out, sample_prompts
 from cdm.figures import (
     best_so_far_figure,
     bits_figure,
+    comparison_figure,
     coverage_figure,
     has_coverage,
     importance_figure,
     loss_figure,
     parallel_figure,
+    svg,
 )
 from cdm.harness import harness_problems
 from cdm.journal import ARTIFACTS, Journal, closing
 from cdm.models import check_pair, context_problems
-from cdm.overview import Reviewed, pipeline_page, search_page
+from cdm.overview import Reviewed, compare_page, pipeline_page, search_page
 from cdm.page import Section
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
@@ -53,7 +63,8 @@ from cdm.scores import (
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
 from cdm.trials import BEST, Trial, best_trial, print_trials, read_importance
-from ray_jobs.cluster import IN_JOB, check_pool, connect
+from ray_jobs.cluster import IN_JOB, check_pool, connect, root_cause
+from ray_jobs.compare import compare, compare_problems, open_comparison
 from ray_jobs.runs import short, what_is_asked
 from ray_jobs.search import open_search, search, search_problems
 from ray_jobs.stages import Pipeline, write_text
@@ -188,6 +199,32 @@ def _search(config: Config, retrain: int | None) -> None:
         console.print(f"page:        {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
 
 
+def run_compare(config: Config) -> int:
+    """Trains and evaluates all variants of the config's `compare` section. Exit codes as above."""
+    return _exit_code(config, compare_problems(config) + preflight(config), lambda: _compare(config))
+
+
+def _compare(config: Config) -> None:
+    check_pools(config)
+    experiment, run, folder = open_comparison(config)
+    with experiment, closing(run):
+        teacher, results = compare(config, run)
+        section = compare_section(config)
+        found = summaries(section, teacher, results)
+        columns = table_columns(found, section)
+        drawn = comparison_figure(found, section)
+        print_comparison(columns, teacher, console)
+        run.table("comparison", columns)
+        run.figure("comparison.png", drawn)
+        run.text("overview.html", compare_page(config, section, columns, teacher, drawn))
+        for one in found:
+            means = {"bits_per_byte": one.bits_per_byte, "gap_closed": one.gap, "agreement": one.agreement}
+            run.metrics(0, {f"{name}.{one.variant}": value.mean for name, value in means.items() if value is not None})
+        write_comparison(folder, teacher, results, found, columns, svg(drawn))
+        console.print(f"comparison: {folder}/{MARKDOWN}", soft_wrap=True)
+        console.print(f"page:       {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
+
+
 def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict[str, float]) -> None:
     """The figures of a search, as artefacts of its run."""
     run.figure("parallel.png", parallel_figure(trials, section))
@@ -270,14 +307,6 @@ def preflight(config: Config) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def root_cause(error: BaseException) -> str:
-    """The last line that says what went wrong, through Ray's wrappers."""
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
-
-
 def main(until: str) -> None:
     """`python -m ray_jobs.<stage> CONFIG [--set KEY=VALUE]...`: what `ray job submit` starts."""
     parser = argparse.ArgumentParser(prog=f"python -m ray_jobs.{until}")
@@ -290,7 +319,9 @@ def main(until: str) -> None:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
         parser.exit(2, "".join(f"error: {problem}\n" for problem in error.problems))
-    sys.exit(run_search(config, arguments.retrain) if until == "search" else run_stages(config, until))
+    if until == "search":
+        sys.exit(run_search(config, arguments.retrain))
+    sys.exit(run_compare(config) if until == "compare" else run_stages(config, until))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ FORMAT = 2  # part of every identity: raised when the same request no longer giv
 
 
 def what_is_asked(config: Config) -> dict[str, object]:
-    """A config without where it runs and what is searched."""
-    return config.model_dump(mode="json", exclude={"storage", "resources", "tracking", "search"})
+    """A config without where it runs, what is searched and what is compared."""
+    return config.model_dump(mode="json", exclude={"storage", "resources", "tracking", "search", "compare"})
 
 
 def open_top_run(experiment: Experiment, config: Config, stage: str, identity: str) -> Journal:

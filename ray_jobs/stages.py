@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -132,21 +132,22 @@ class Pipeline:
         asked = section.model
         if not isinstance(asked, Pretrain):
             return Model(asked.name, asked.name, asked.revision, model_identity(asked.name, asked.revision))
-        identity = short(asked, self.source_manifest.fingerprint, self.config.seed)
+        seed = self.config.student_seed if isinstance(section, Student) else self.config.seed
+        identity = short(asked, self.source_manifest.fingerprint, seed)
         path = self.folder("models", f"{asked.name}-{identity}")
         if Path(path).exists():
             skipped(f"pretrain {asked.name}", path)
         else:
-            self._pretrain(asked, path, identity)
+            self._pretrain(asked, path, identity, seed)
         return Model(asked.name, path, None, model_identity(path, None))
 
-    def _pretrain(self, asked: Pretrain, path: str, identity: str) -> None:
+    def _pretrain(self, asked: Pretrain, path: str, identity: str, seed: int) -> None:
         if asked.training.steps and not self.source_manifest.meta["response_bytes"]:
             raise ValueError(f"{asked.name}: a model of type pretrain learns from responses; the corpus has none")
         initial = path if asked.training.steps == 0 else f"{path}.initial"
         if not Path(initial).exists():
             with self._timed("initialise", f"initialise {asked.name}", "models", 1) as view:
-                build_model(asked, self.source, initial, seed=self.config.seed)
+                build_model(asked, self.source, initial, seed=seed)
                 view.update(1)
         if asked.training.steps:
             untrained = Model(asked.name, initial, None, identity)
@@ -154,7 +155,7 @@ class Pipeline:
             job = TrainingJob(
                 model=initial, revision=None, tokenizer=initial, optimisation=asked.training, method=Sft(type="sft"),
                 aligned=aligned, shards=(), maps=(), weights=(),
-                seed=self.config.seed, export=path, targets="all",
+                seed=seed, export=path, targets="all",
             )  # fmt: skip
             self._train(f"pretrain {asked.name}", job, identity)
 
@@ -251,7 +252,9 @@ class Pipeline:
         """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies."""
         asked = self.config.student
         engine = TransformersEngine(type="transformers", dtype="float32")
-        section = Teacher(model=asked.model, engine=engine, top_k=1, max_length=asked.max_length)
+        # What the student cannot read is left out of the alignment, and counted there; `min_coverage` is its limit.
+        limits = {"max_length": asked.max_length, "max_quarantined_share": 1.0}
+        section = Teacher(model=asked.model, engine=engine, top_k=1, **limits)
         return self._scored(section, self.student)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
@@ -284,14 +287,15 @@ class Pipeline:
         weights = tuple(teacher.weight for teacher in self.config.teachers)
         folder = self.aligned(method)
         aligned = parts.read_manifest(folder).fingerprint
-        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage"})
-        identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
+        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage", "seed"})
+        identity = short(self.student.identity, aligned, method, steps, weights, self.config.student_seed)
         return TrainingJob(
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
             optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
-            maps=self.maps(method), weights=weights, seed=self.config.seed,
+            maps=self.maps(method), weights=weights, seed=self.config.student_seed,
             export=self.folder("students", f"{self.config.name}-{method.type}-{identity}"),
             lora=optimisation.lora, freeze_embeddings=optimisation.freeze_embeddings,
+            documents=optimisation.max_documents,
         )  # fmt: skip
 
     def trained(self, method: AnyMethod) -> str:
@@ -304,13 +308,18 @@ class Pipeline:
             self._train(f"train {label(method)}", job, job.export.rpartition("-")[2])
         return job.export
 
-    def _train(self, title: str, job: TrainingJob, identity: str) -> None:
+    def training_run(self, title: str, job: TrainingJob, identity: str) -> Journal:
+        """The run of a training, with what it was asked and what it reads."""
         run = self.experiment.run("train", title, identity, self.run.ref)
         run.params({"method": job.method.model_dump(mode="json"), "student": job.optimisation.model_dump(mode="json")})
         tags = {"cdm.method": job.method.type, "cdm.export": job.export, "cdm.aligned": job.aligned}
         run.tags(tags | {"cdm.from": job.model, "cdm.scores": ", ".join(job.shards)})
         for folder in (job.aligned, *job.shards):
             run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
+        return run
+
+    def _train(self, title: str, job: TrainingJob, identity: str) -> None:
+        run = self.training_run(title, job, identity)
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
             nodes = run_training(
@@ -348,30 +357,33 @@ class Pipeline:
         found = {name: run_series(self.folder(FOLDER, f"train-{identity}")) for name, identity in identities.items()}
         return {name: series for name, series in found.items() if series}
 
+    def evaluation_job(self) -> EvaluationJob:
+        """What every model of this config is measured on."""
+        asked, teacher = self.config.evaluation, self.teachers[0]
+        aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
+        return EvaluationJob(
+            corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
+            documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
+            micro_batch_tokens=self.config.student.micro_batch_tokens, maps={},
+        )  # fmt: skip
+
     @cached_property
     def reports(self) -> list[EvalReport]:
         """The teacher, the student before, and each trained student, on the same documents."""
-        students = self.students
-        asked, pool = self.config.evaluation, self.config.resources.student
+        students, job = self.students, self.evaluation_job()
         names = {name: Path(folder).name for name, folder in students.items()}
-        aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
-        identity = short(asked, parts.read_manifest(aligned).fingerprint, names)
+        identity = short(self.config.evaluation, parts.read_manifest(job.aligned).fingerprint, names)
         file = Path(self.folder("reports", f"{identity}.json"))
         if file.exists():
             skipped("evaluate", str(file))
             return [EvalReport(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
-        teacher = self.teachers[0]
-        job = EvaluationJob(
-            corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
-            documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
-            micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
-        )  # fmt: skip
+        job, pool = replace(job, maps=self._counted_maps()), self.config.resources.student
         folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
         if BEFORE in folders:
             folders[BEFORE] = (self.student.path, self.student.revision)
         run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
-            reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
+            reports = evaluate(job, f"teacher, {self.teachers[0].name}", folders, pool, on_progress=view.update)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
 

@@ -16,9 +16,11 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -80,6 +82,19 @@ class RayCheckpoints:
             finish(self._written)
 
 
+class FailAtOnce(UserCallback):
+    """Ends a run whose workers say that what they were asked or given is wrong: starting them again cannot help.
+
+    What is raised here is the controller's error, which Ray Train does not retry. Where some worker died as well, the
+    ValueError may be what that did to the others.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        errors = list(worker_exceptions.values())
+        if all(isinstance(error, ValueError) for error in errors):
+            raise errors[0]
+
+
 @ray.remote
 class Board:
     """What rank 0 last said, for the driver's progress line, and where all ranks are or have been."""
@@ -113,6 +128,7 @@ def run_training(
 
     Workers that die or hang are started again from the last checkpoint, `pool.max_failures` times; then
     ray.train.TrainingFailedError. With `pool.min_workers` there may be fewer of them than were asked for.
+    A ValueError of `cdm.student.train` is raised at once, as it is.
     """
     board = Board.options(**beside_me()).remote()  # type: ignore[attr-defined]
     work = {"job": job, "run": run, "board": board, "cpus": pool.cpus, "folder": os.path.join(folder, name)}
@@ -133,10 +149,16 @@ def run_training(
                 num_to_keep=job.optimisation.keep_checkpoints,
                 checkpoint_score_attribute=SCORE,
             ),
+            callbacks=[FailAtOnce()],
         ),
     )
-    with _Watch(board, on_metrics) as watch:
-        trainer.fit()
+    try:
+        with _Watch(board, on_metrics) as watch:
+            trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, ValueError):
+            raise error.controller_failure from error
+        raise
     return sorted(watch.nodes)
 
 

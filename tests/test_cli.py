@@ -39,6 +39,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
         "evaluate",
         "pipeline",
         "search",
+        "compare",
         "lineage",
         "inspect",
         "config",
