@@ -234,10 +234,15 @@ class Pipeline:
 
     @cached_property
     def entropies(self) -> str:
-        """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies."""
+        """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies.
+
+        Documents that it cannot be scored on it is not trained on either: any number of them is left out.
+        """
         asked = self.config.student
         engine = TransformersEngine(type="transformers", dtype="float32")
-        section = Teacher(model=asked.model, engine=engine, top_k=1, max_length=asked.max_length)
+        section = Teacher(
+            model=asked.model, engine=engine, top_k=1, max_length=asked.max_length, max_quarantined_share=1.0
+        )
         return self._scored(section, self.student)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
