@@ -130,3 +130,10 @@ AnyMethod = Annotated[
     Sft | Kl | ReverseKl | Js | SkewKl | Uld | MultilevelOt | MinEdit | Alm | Gold | StrictKl | Cdm | PaperCdm,
     Field(discriminator="type"),
 ]
+
+
+def label(method: AnyMethod) -> str:
+    """A method by name, with the options that are not the defaults: two of one type stay apart."""
+    default = type(method)(type=method.type)
+    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
+    return ", ".join([method.type, *options])

@@ -171,7 +171,8 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
         validations = _Validations(of_seed.ref, section.metric, steps, report=number == 0)
         job = replace(
             ready, optimisation=config.student, method=config.method, weights=weights,
-            seed=config.seed + number, export=str(folder / f"student-{number}"),
+            seed=config.student_seed + number, documents=config.student.max_documents,
+            export=str(folder / f"student-{number}"),
             lora=config.student.lora, freeze_embeddings=config.student.freeze_embeddings,
         )  # fmt: skip
         validations.read()
