@@ -66,7 +66,8 @@ def pipeline_page(seen: Reviewed) -> str:
             Section(
                 "Dynamic mappings",
                 "Teacher tokens without a twin, and the student's near spellings that took their mass. Mass: the "
-                "teacher's probability, summed over groups of the test split.",
+                "teacher's probability, summed over groups of the test split. Example: the text around the place (‸) "
+                "where the teacher gave it most.",
                 _mappings(seen.reports[-1]),
             )
         )
@@ -102,8 +103,9 @@ def _subtitle(seen: Reviewed) -> str:
 
 def _mappings(report: EvalReport) -> str:
     shown = report.mappings[:MAPPINGS_SHOWN]
-    columns = {key: [visible(str(one[key])) for one in shown] for key in ("teacher", "student")}
-    return table(columns | {key: [one[key] for one in shown] for key in ("mass", "groups")})
+    columns: Columns = {key: [visible(str(one[key])) for one in shown] for key in ("teacher", "student")}
+    columns |= {key: [one[key] for one in shown] for key in ("mass", "groups")}
+    return table(columns | {"example": [visible(str(one["example"])) for one in shown]})
 
 
 def _completions(reports: Sequence[EvalReport]) -> list[Section]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cdm.export import ABOUT, read_about
+from cdm.journal import Series
 from cdm.records import EvalReport
 
 Columns = dict[str, list[Any]]
@@ -31,6 +32,17 @@ def results(reports: Sequence[EvalReport], folders: dict[str, str]) -> Columns:
 
 def _about(folder: str | None) -> dict[str, Any]:
     return read_about(folder) if folder and (Path(folder) / ABOUT).exists() else {}
+
+
+def checkpoints(folder: str, series: Series) -> Columns:
+    """The checkpoints that a training run left in its folder: where each is, and the figures of its step."""
+    found = sorted(Path(folder).glob("step_*"))
+    steps = [int(path.name.removeprefix("step_")) for path in found]
+    columns: Columns = {"step": steps, "path": [str(path) for path in found]}
+    for name in ("loss", *(name for name in series if name.startswith("validation_"))):
+        at = dict(series.get(name, []))
+        columns[name] = [at.get(step) for step in steps]
+    return columns
 
 
 def print_results(columns: Columns, console: Console) -> None:

@@ -15,7 +15,7 @@ from cdm import parts
 from cdm.checkpoints import Metrics
 from cdm.config import Config, storage_path
 from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
-from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
+from cdm.config_models import AnyEngine, Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
 from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
@@ -24,6 +24,7 @@ from cdm.models import build_model, model_identity
 from cdm.preflight import SAMPLE, check_coverage, coverage, say_mass
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
+from cdm.report import checkpoints
 from cdm.student import TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment
@@ -297,16 +298,18 @@ class Pipeline:
         for folder in (job.aligned, *job.shards):
             run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
+        folder, name = self.folder("runs"), f"{job.method.type}-{identity}"
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
             run_training(
                 job,
                 self.config.resources.student,
-                folder=self.folder("runs"),
-                name=f"{job.method.type}-{identity}",
+                folder=folder,
+                name=name,
                 run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
             view.update(read_about(job.export)["steps"])
+            run.table("checkpoints", checkpoints(f"{folder}/{name}", run_series(run.ref.folder)))
 
     # --- evaluation
 
@@ -339,14 +342,15 @@ class Pipeline:
         asked, pool = self.config.evaluation, self.config.resources.student
         names = {name: Path(folder).name for name, folder in students.items()}
         aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
-        identity = short(asked, parts.read_manifest(aligned).fingerprint, names)
+        teacher = self.teachers[0]
+        identity = short(asked, parts.read_manifest(aligned).fingerprint, names, teacher.identity)
         file = Path(self.folder("reports", f"{identity}.json"))
         if file.exists():
             skipped("evaluate", str(file))
             return [EvalReport(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
-        teacher = self.teachers[0]
         job = EvaluationJob(
-            corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
+            corpus=self.corpus, aligned=aligned, shards=self.shards, teacher=(teacher.path, teacher.revision),
+            teacher_dtype=completing_dtype(self.config.teachers[0].engine),
             documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
             micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
         )  # fmt: skip
@@ -354,9 +358,17 @@ class Pipeline:
         folders |= {BEFORE: (self.student.path, self.student.revision)}
         run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
-            reports = evaluate(job, f"teacher, {teacher.name}", folders, pool, on_progress=view.update)
+            reports = evaluate(
+                job, f"teacher, {teacher.name}", folders, pool, self.config.resources.teacher, view.update
+            )
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
+
+
+def completing_dtype(engine: AnyEngine) -> str | None:
+    """Of a teacher that completes prompts without its engine, whose start a few completions do not pay."""
+    alone = isinstance(engine, TransformersEngine) or engine.tensor_parallel_size == 1
+    return engine.dtype if alone else None
 
 
 def with_all_splits(corpus: str) -> parts.Manifest:
