@@ -54,6 +54,13 @@ def print_results(columns: Columns, console: Console) -> None:
     console.print(table)
 
 
+def description(columns: Columns) -> str:
+    """What MLflow shows on a run's first page: a table in Markdown, and where the rest is."""
+    rows = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    lines = [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+    return "\n".join([*lines, "", "All there is to see: `overview.html` under *Artifacts*."])
+
+
 def _cell(value: Any) -> str:
     return "-" if value is None else value if isinstance(value, str) else f"{value:,}"
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from ray.exceptions import RayError, RayTaskError
 from ray.train import TrainingFailedError
 
@@ -33,10 +34,10 @@ from cdm.models import check_pair, context_problems
 from cdm.overview import Reviewed, pipeline_page, search_page
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
-from cdm.report import Columns, print_results, print_samples, results, results_figure, samples_table
+from cdm.report import Columns, description, print_results, print_samples, results, results_figure, samples_table
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
-from cdm.trials import BEST, Trial, best_trial, print_trials, read_importance
+from cdm.trials import BEST, Trial, best_trial, print_trials, ranked, read_importance
 from ray_jobs.cluster import IN_JOB, check_pool, connect
 from ray_jobs.search import open_search, search, search_problems
 from ray_jobs.stages import Pipeline, write_text
@@ -48,6 +49,7 @@ def show(pipeline: Pipeline) -> None:
     columns = results(reports, pipeline.students)
     print_results(columns, console)
     print_samples(reports[-1], console)
+    run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.table("results", columns)
     run.table("samples", samples_table(reports))
     run.figure("results.png", results_figure(columns))
@@ -98,7 +100,9 @@ def run_stages(config: Config, until: str) -> int:
 
 def run_search(config: Config, retrain: int | None = None) -> int:
     """Runs the config's search, and then trains the best once more for `retrain` steps. Exit codes as above."""
-    return _exit_code(config, search_problems(config) + preflight(config), lambda: _search(config, retrain))
+    problems = search_problems(config) + preflight(config)
+    # Ray Train asks the dashboard whether a stopped trial is dead, and frees what its workers booked.
+    return _exit_code(config, problems, lambda: _search(config, retrain), dashboard=True)
 
 
 def _run_until(config: Config, until: str) -> None:
@@ -131,20 +135,24 @@ def _search(config: Config, retrain: int | None) -> None:
 
 def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict[str, float]) -> None:
     """The figures of a search, as artefacts of its run."""
+    shown = ranked(trials, section)[:10]
+    columns: Columns = {name: [getattr(trial, name) for trial in shown] for name in ("id", "state", "step")}
+    columns |= {section.metric: [None if trial.value is None else round(trial.value, 4) for trial in shown]}
+    run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.figure("parallel.png", parallel_figure(trials, section))
     run.figure("best_so_far.png", best_so_far_figure(trials, section))
     if shares:
         run.figure("importance.png", importance_figure(shares))
 
 
-def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> int:
+def _exit_code(config: Config, problems: list[str], run: Callable[[], None], *, dashboard: bool = False) -> int:
     """Runs what a command runs, on Ray, unless there are problems already."""
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
-        with connect():
+        with connect(dashboard=dashboard):
             run()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

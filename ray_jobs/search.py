@@ -348,8 +348,9 @@ class _Watcher(tune.Callback):
 
 
 def _note(trials: Sequence[Trial], section: Search) -> str:
-    best = best_trial(trials, section)
-    return "" if best is None else f"best {best.value:.4f} ({best.id})"
+    best, failed = best_trial(trials, section), sum(trial.state == "failed" for trial in trials)
+    said = [f"best {best.value:.4f} ({best.id})"] if best is not None else []
+    return ", ".join(said + ([f"{failed} failed"] if failed else []))
 
 
 def _trial(found: Any, section: Search) -> Trial:
