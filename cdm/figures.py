@@ -26,7 +26,10 @@ TERMS = (
     ("loss", "loss (nats)"), ("ce", "cross-entropy (nats a token)"), ("kd", "KD (nats a group)"),
     ("d1", "D1 (nats a group)"), ("d2", "D2 (nats a group)"), ("grad_norm", "gradient norm"),
 )  # fmt: skip
-MASSES = (("mass_exact", "exact"), ("mass_dynamic", "dynamic"), ("mass_unmapped", "unmapped"))
+MASSES = (
+    ("mass_exact", "exact", COLOURS[0]), ("mass_dynamic", "dynamic", COLOURS[1]),
+    ("mass_unmapped", "unmapped", "#9aa3ad"),
+)  # fmt: skip
 
 
 def svg(figure: Figure) -> str:
@@ -104,8 +107,9 @@ def coverage_figure(series: Series) -> Figure:
     for axes, key in zip(np.atleast_1d(figure.subplots(len(exact), 1)), exact, strict=True):
         prefix = key.removesuffix("mass_exact")
         steps = [step for step, _ in series[key]]
-        shares = [[value for _, value in series[f"{prefix}{name}"]] for name, _ in MASSES]
-        axes.stackplot(steps, shares, labels=[label for _, label in MASSES], colors=COLOURS[:3], alpha=0.85)
+        shares = [[value for _, value in series[f"{prefix}{name}"]] for name, _, _ in MASSES]
+        _, labels, colours = zip(*MASSES, strict=True)
+        axes.stackplot(steps, shares, labels=labels, colors=colours, alpha=0.85)
         axes.set_ylim(0, 1)
         _style(axes, "step", f"{prefix.rstrip('.')} teacher's mass (share a group)".strip())
         _legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)

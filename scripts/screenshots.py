@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from PIL import Image
 from websockets.sync.client import connect
 
 from cdm.config import Config, load_config, storage_path
@@ -36,12 +38,14 @@ from cdm.tracking import tracking_uri
 SECONDS = 60.0
 WIDTH, HEIGHT = 1280, 800
 OVERVIEW_WIDTH = 1000
+COLOURS = 128  # of a picture: a third of the bytes
 WORKFLOW = "workflowType=machine_learning"  # MLflow's pages for training, not for agents
 NO_ASSISTANT = """try {
   localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
   localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
 } catch (error) {}"""
 EXPAND = "[col-id*='Run Name'] button"  # what unfolds the runs below a run
+DRAWN = "[...document.images].some(image => image.naturalWidth > 800)"
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 
 
@@ -115,7 +119,8 @@ class Page:
 
     def picture(self, file: Path) -> None:
         shot = self.call("Page.captureScreenshot", format="png")
-        file.write_bytes(base64.b64decode(shot["data"]))
+        drawn = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
+        drawn.convert("RGB").quantize(COLOURS).save(file, optimize=True)
 
 
 @contextmanager
@@ -135,6 +140,7 @@ def browser() -> Iterator[Page]:
             with urllib.request.urlopen(asked, timeout=SECONDS) as answer:
                 page = Page(json.load(answer)["webSocketDebuggerUrl"])
             page.size(WIDTH, HEIGHT)
+            page.call("Emulation.setScrollbarsHidden", hidden=True)
             page.call("Page.enable")
             page.call("Page.addScriptToEvaluateOnNewDocument", source=NO_ASSISTANT)
             yield page
@@ -190,6 +196,7 @@ def mlflow_pictures(page: Page, address: str, config: Config, folder: Path) -> N
     page.picture(folder / "charts.png")
     top = ids["pipeline", config.name]
     page.open(f"{runs}/{top}/artifacts/bits_per_byte.png?{WORKFLOW}", "overview.html", "results.json")
+    until(lambda: page.value(DRAWN), "the artefact's picture")
     page.settle()
     page.picture(folder / "artifacts.png")
     page.open(f"{address}/#/models/{config.name}?{WORKFLOW}", "Version 1", "champion")
@@ -203,6 +210,7 @@ def overview_pictures(page: Page, config: Config, folder: Path) -> None:
         if file.exists():
             for name, dark in (("light", False), ("dark", True)):
                 page.dark(dark)
+                page.size(OVERVIEW_WIDTH, HEIGHT)
                 page.open(file.as_uri(), facts.run["name"])
                 page.size(OVERVIEW_WIDTH, int(page.value("document.documentElement.scrollHeight")))
                 page.picture(folder / f"{facts.run['stage']}-{name}.png")
