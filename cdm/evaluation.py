@@ -155,8 +155,11 @@ def sample_prompts(corpus: str, rows: Sequence[Row], count: int) -> list[Documen
 def completions(
     folder: str, *, revision: str | None, dtype: str, prompts: Sequence[Document], tokens: int
 ) -> tuple[dict[str, str], ...]:
-    """What a model itself makes of prompts: {prompt, reference, completion} each."""
+    """What a model itself makes of prompts: {prompt, reference, completion} each. On a CPU in float32: other kernels
+    are compiled for each new shape there.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype if device.type == "cuda" else "float32"
     model = load_model(folder, revision=revision, dtype=dtype).to(device).eval()
     return _completed(model, load_tokenizer(folder, revision=revision), prompts, tokens)
 

@@ -19,7 +19,7 @@ from cdm.vocab_map import VocabMap
 
 KEPT = 40
 BEFORE, AFTER = 32, 12  # characters of an example
-PLACE = "‸"
+PLACE = "▌"
 Mapping = dict[str, str | float]
 
 

@@ -66,7 +66,7 @@ def pipeline_page(seen: Reviewed) -> str:
             Section(
                 "Dynamic mappings",
                 "Teacher tokens without a twin, and the student's near spellings that took their mass. Mass: the "
-                "teacher's probability, summed over groups of the test split. Example: the text around the place (‸) "
+                "teacher's probability, summed over groups of the test split. Example: the text around the place (▌) "
                 "where the teacher gave it most.",
                 _mappings(seen.reports[-1]),
             )

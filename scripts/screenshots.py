@@ -34,11 +34,12 @@ from websockets.sync.client import connect
 from cdm.config import Config, load_config, storage_path
 from cdm.journal import ARTIFACTS, run_facts, run_folders
 from cdm.tracking import tracking_uri
+from ray_jobs.runs import label
 
-SECONDS = 60.0
+SECONDS = 180.0  # at most, on a busy machine
 WIDTH, HEIGHT = 1280, 800
-OVERVIEW_WIDTH = 1000
-COLOURS = 128  # of a picture: a third of the bytes
+OVERVIEW_WIDTH, OVERVIEW_HEIGHT = 1000, 3000
+COLOURS = 64  # of a picture: a third of the bytes
 WORKFLOW = "workflowType=machine_learning"  # MLflow's pages for training, not for agents
 NO_ASSISTANT = """try {
   localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
@@ -88,6 +89,7 @@ class Page:
         """Goes to an address and waits until all of the texts are on the page."""
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=address)
+        until(lambda: self.value("document.readyState === 'complete'"), address)
         for text in texts:
             self.waits_for(text)
 
@@ -120,7 +122,8 @@ class Page:
     def picture(self, file: Path) -> None:
         shot = self.call("Page.captureScreenshot", format="png")
         drawn = Image.open(io.BytesIO(base64.b64decode(shot["data"])))
-        drawn.convert("RGB").quantize(COLOURS).save(file, optimize=True)
+        few = drawn.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(file, optimize=True)
 
 
 @contextmanager
@@ -190,7 +193,7 @@ def mlflow_pictures(page: Page, address: str, config: Config, folder: Path) -> N
     page.waits_for("evaluate")
     page.settle()
     page.picture(folder / "runs.png")
-    trained = ids["train", f"train {config.method.type}"]
+    trained = ids["train", f"train {label(config.method)}"]
     page.open(f"{runs}/{trained}/model-metrics?{WORKFLOW}", "d1", "kd", "grad_norm")
     page.settle()
     page.picture(folder / "charts.png")
@@ -204,7 +207,7 @@ def mlflow_pictures(page: Page, address: str, config: Config, folder: Path) -> N
 
 
 def overview_pictures(page: Page, config: Config, folder: Path) -> None:
-    """pipeline-light.png, pipeline-dark.png and the same of a search: the whole `overview.html`."""
+    """pipeline-light.png, pipeline-dark.png and the same of a search: the `overview.html`, from its top."""
     for run in run_folders(storage_path(config)):
         facts, file = run_facts(run), Path(run, ARTIFACTS, "overview.html").resolve()
         if file.exists():
@@ -212,7 +215,7 @@ def overview_pictures(page: Page, config: Config, folder: Path) -> None:
                 page.dark(dark)
                 page.size(OVERVIEW_WIDTH, HEIGHT)
                 page.open(file.as_uri(), facts.run["name"])
-                page.size(OVERVIEW_WIDTH, int(page.value("document.documentElement.scrollHeight")))
+                page.size(OVERVIEW_WIDTH, min(OVERVIEW_HEIGHT, page.value("document.documentElement.scrollHeight")))
                 page.picture(folder / f"{facts.run['stage']}-{name}.png")
 
 

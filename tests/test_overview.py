@@ -112,7 +112,7 @@ def row() -> tuple[Row, str]:
 def reviewed(**changes: Any) -> Reviewed:
     config = parse_config(SMALL)
     sample = {"prompt": "def <f>():", "reference": "return 1", "completion": "pass & <return>"}
-    mappings = ({"teacher": " color", "student": " colour", "mass": 1.5, "groups": 3, "example": "a‸ b"},)
+    mappings = ({"teacher": " color", "student": " colour", "mass": 1.5, "groups": 3, "example": "a▌ b"},)
     reports = [
         EvalReport("teacher, t", 2.5, 1.0, 9, 900, 0, 0.1),
         EvalReport("student, cdm", 2.75, 0.5, 9, 900, 300, 0.4, (sample,), mappings),
