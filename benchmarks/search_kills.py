@@ -4,15 +4,16 @@
 
 Runs `cdm search` on the config and kills it (SIGKILL) each time while a trial trains that has a checkpoint: first the
 driver with all its processes, later the driver alone, at last the process of a trial, from which the search goes on by
-itself. Prints what happened when, and at the end:
+itself. Prints what happened when, and as the last line JSON:
 
-- `trials`: rows of the table; `lost`: of the trials that a killed search knew, those that are not in it.
+- `trials`: rows of the table, and how many of each state; `lost`: trials that a killed search knew and it has not.
 - `peak_mb`, `left_mb`: what the search's folder took at most, sampled, and at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -122,11 +123,16 @@ def main() -> None:
     happened = list(said(runs(command, watch, plan)))
     (folder,) = watch.storage.glob(f"searches/{config.name}-*")
     rows = pq.read_table(folder / TABLE).to_pylist()
-    print("\n".join(happened))
-    lost = watch.known - {row["trial"] for row in rows}
-    states = ", ".join(f"{sum(row['state'] == s for row in rows)} {s}" for s in ("finished", "stopped", "failed"))
-    print(f"trials: {len(rows)} of {count} ({states}); lost: {len(lost)}")
-    print(f"peak_mb: {watch.peak / 1e6:.1f}; left_mb: {watch.size() / 1e6:.3f}; cores: {os.cpu_count()}")
+    figures = {
+        "happened": happened,
+        "trials": len(rows),
+        **{state: sum(row["state"] == state for row in rows) for state in ("finished", "stopped", "failed")},
+        "lost": len(watch.known - {row["trial"] for row in rows}),
+        "peak_mb": round(watch.peak / 1e6, 1),
+        "left_mb": round(watch.size() / 1e6, 3),
+        "cores": os.cpu_count(),
+    }
+    print(json.dumps(figures))
 
 
 def said(lines: Iterator[str]) -> Iterator[str]:

@@ -98,3 +98,8 @@ def samples_table(reports: Sequence[EvalReport]) -> Columns:
         if report.samples:
             columns[report.name] = [sample["completion"] for sample in report.samples]
     return columns
+
+
+def mappings_table(report: EvalReport) -> Columns:
+    """The dynamic mappings that moved most mass (`cdm.mappings`), a row each."""
+    return {key: [one[key] for one in report.mappings] for key in report.mappings[0]}

@@ -34,7 +34,16 @@ from cdm.models import check_pair, context_problems
 from cdm.overview import Reviewed, pipeline_page, search_page
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
-from cdm.report import Columns, description, print_results, print_samples, results, results_figure, samples_table
+from cdm.report import (
+    Columns,
+    description,
+    mappings_table,
+    print_results,
+    print_samples,
+    results,
+    results_figure,
+    samples_table,
+)
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
 from cdm.trials import BEST, Trial, best_trial, print_trials, ranked, read_importance
@@ -52,6 +61,8 @@ def show(pipeline: Pipeline) -> None:
     run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.table("results", columns)
     run.table("samples", samples_table(reports))
+    if reports[-1].mappings:
+        run.table("mappings", mappings_table(reports[-1]))
     run.figure("results.png", results_figure(columns))
     show_runs(pipeline, columns)
     for report in reports:

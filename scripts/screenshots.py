@@ -39,7 +39,7 @@ from ray_jobs.runs import label
 SECONDS = 180.0  # at most, on a busy machine
 WIDTH, HEIGHT = 1280, 800
 OVERVIEW_WIDTH, OVERVIEW_HEIGHT = 1000, 3000
-COLOURS = 64  # of a picture: a third of the bytes
+COLOURS = 256  # of a picture: less than half of the bytes
 WORKFLOW = "workflowType=machine_learning"  # MLflow's pages for training, not for agents
 NO_ASSISTANT = """try {
   localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
