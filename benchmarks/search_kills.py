@@ -46,17 +46,24 @@ class Watch:
 
     def look(self) -> None:
         self.peak = max(self.peak, self.size())
-        self.known |= {path.name for path in self.storage.glob("searches/*/trials/*")}
+        self.known |= {path.name for path in self.found("searches/*/trials/*")}
 
     def size(self) -> int:
-        return sum(size_of(path) for path in self.storage.glob("searches/**/*"))
+        walked = os.walk(self.storage / "searches")
+        return sum(size_of(Path(folder, name)) for folder, _, names in walked for name in names)
+
+    def found(self, pattern: str) -> list[Path]:
+        try:
+            return list(self.storage.glob(pattern))
+        except FileNotFoundError:  # a trial's folder that was removed meanwhile
+            return []
 
     def ended(self) -> int:
         facts = map(run_facts, run_folders(str(self.storage)))
         return sum(one.run["stage"] == "trial" and one.status != "RUNNING" for one in facts)
 
     def training(self) -> bool:
-        return any(self.storage.glob("searches/*/trials/*/run-0/step_*/.metadata"))
+        return bool(self.found("searches/*/trials/*/run-0/step_*/.metadata"))
 
 
 def size_of(path: Path) -> int:
