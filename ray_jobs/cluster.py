@@ -28,10 +28,9 @@ EMBEDDED_ENVIRONMENT = {
 
 
 @contextmanager
-def connect(*, dashboard: bool = False) -> Iterator[None]:
+def connect() -> Iterator[None]:
     """Ray for the body: with RAY_ADDRESS set (as it is inside a job) that cluster, else an embedded one.
 
-    dashboard: an embedded one has Ray's own, on loopback; on a cluster its head says.
     On a cluster outside a job, this code goes to the nodes with it; inside a job it is in the job's working directory.
     What was started or joined is left at the end. Token authentication stays at Ray's default, on.
     """
@@ -42,7 +41,7 @@ def connect(*, dashboard: bool = False) -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         ray.init(logging_level=logging.WARNING, runtime_env=_shipped_code())
     else:
-        _start_embedded(dashboard)
+        _start_embedded()
     try:
         yield
     finally:
@@ -76,12 +75,12 @@ def check_pool(pool: TeacherPool | StudentPool, count: int, section: str, who: s
     check_resources({name: amount * count for name, amount in one.items()}, section, who)
 
 
-def _start_embedded(dashboard: bool) -> None:
+def _start_embedded() -> None:
     for name, value in EMBEDDED_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {
         "address": "local",
-        "include_dashboard": dashboard,
+        "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "logging_level": logging.ERROR,
         "log_to_driver": False,

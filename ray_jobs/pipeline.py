@@ -111,9 +111,7 @@ def run_stages(config: Config, until: str) -> int:
 
 def run_search(config: Config, retrain: int | None = None) -> int:
     """Runs the config's search, and then trains the best once more for `retrain` steps. Exit codes as above."""
-    problems = search_problems(config) + preflight(config)
-    # Ray Train asks the dashboard whether a stopped trial is dead, and frees what its workers booked.
-    return _exit_code(config, problems, lambda: _search(config, retrain), dashboard=True)
+    return _exit_code(config, search_problems(config) + preflight(config), lambda: _search(config, retrain))
 
 
 def _run_until(config: Config, until: str) -> None:
@@ -156,14 +154,14 @@ def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict
         run.figure("importance.png", importance_figure(shares))
 
 
-def _exit_code(config: Config, problems: list[str], run: Callable[[], None], *, dashboard: bool = False) -> int:
+def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> int:
     """Runs what a command runs, on Ray, unless there are problems already."""
     if problems:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         return 2
     try:
-        with connect(dashboard=dashboard):
+        with connect():
             run()
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -45,7 +45,7 @@ from cdm.validation import VALIDATION_METRICS
 from ray_jobs.cluster import check_pool
 from ray_jobs.runs import open_top_run, short, what_is_asked
 from ray_jobs.stages import Pipeline
-from ray_jobs.train import run_training
+from ray_jobs.train import Bookings, run_training
 
 STATE = "tune"  # what Tune knows, beside the trials' folders
 FAILED = "failed"
@@ -61,13 +61,16 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Shared:
-    """What every trial is given. `ready`: a job a combination of the values that earlier stages read."""
+    """What every trial is given. `ready`: a job a combination of the values that earlier stages read; `bookings`: an
+    actor of the search's driver, `ray_jobs.train.Bookings`.
+    """
 
     config: Config
     identity: str
     folder: str
     run: RunRef
     ready: dict[str, TrainingJob]
+    bookings: Any
 
 
 def search_problems(config: Config) -> list[str]:
@@ -94,7 +97,8 @@ def search(config: Config, run: Journal, identity: str) -> tuple[str, list[Trial
         skipped("search", folder)
         return folder, trials
     os.environ.update(ENVIRONMENT)
-    shared = Shared(config, identity, folder, run.ref, prepared(config, run))
+    bookings = Bookings.remote()  # type: ignore[attr-defined]
+    shared = Shared(config, identity, folder, run.ref, prepared(config, run), bookings)
     with StageView("search", "trials", trial_count(section)) as view:
         _Watcher.view, _Watcher.ended = view, []
         _tuner(section, shared).fit()
@@ -183,6 +187,7 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
                 name=f"run-{number}",
                 run=of_seed.ref,
                 on_metrics=validations.on_metrics,
+                bookings=shared.bookings,
             )
             validations.read()
         made.append(read_about(job.export))
@@ -311,7 +316,7 @@ class _Watcher(tune.Callback):
     ended: ClassVar[list[Any]]
 
     def __init__(self, section: Search, shared: Shared) -> None:
-        self._section, self._shared = section, replace(shared, ready={})
+        self._section, self._shared = section, replace(shared, ready={}, bookings=None)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
