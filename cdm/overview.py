@@ -23,7 +23,7 @@ from cdm.page import Section, alignments, page, side_by_side, table
 from cdm.records import EvalReport
 from cdm.report import Columns
 from cdm.text_view import visible
-from cdm.trials import Trial, ranked
+from cdm.trials import Trial, ranked, short_names
 
 MAPPINGS_SHOWN = 25
 
@@ -131,7 +131,8 @@ def search_page(config: Config, section: Search, trials: Sequence[Trial], shares
     }
     if section.seeds > 1:
         columns["spread over seeds"] = [trial.spread for trial in first]
-    columns |= {name: [trial.parameters[name] for trial in first] for name in section.space}
+    for name, shown in short_names(section).items():
+        columns[shown] = [trial.parameters[name] for trial in first]
     found = [
         Section(
             "Trials", "The best first; a trial that was stopped has the figure of its last validation.", table(columns)
@@ -147,5 +148,6 @@ def search_page(config: Config, section: Search, trials: Sequence[Trial], shares
     if shares:
         note = "How much of the metric's variance over finished trials each key explains; of few trials a hint."
         found.append(Section("Importance", note, svg(importance_figure(shares))))
-    subtitle = f"{len(trials)} trials, {section.searcher}, {section.scheduler}, {section.seeds} seed(s) a trial"
+    seeds = "1 seed" if section.seeds == 1 else f"{section.seeds} seeds"
+    subtitle = f"{len(trials)} trials, {section.searcher}, {section.scheduler}, {seeds} a trial"
     return page(f"{config.name}: search", subtitle, found)
