@@ -36,7 +36,7 @@ VALIDATION = 4  # documents
 def dolly() -> list[tuple[str, str]]:
     """500 pairs of a prompt and a response."""
     with gzip.open(real_data() / "instructions" / "dolly_valid500.jsonl.gz", "rt", encoding="utf-8") as lines:
-        return [(row["prompt"], row["response"].strip()) for row in map(json.loads, lines)]
+        return [(row["prompt"].strip(), row["response"].strip()) for row in map(json.loads, lines)]
 
 
 def documents(pairs: Sequence[tuple[str, str]]) -> list[Document]:

@@ -31,7 +31,9 @@ def vocabulary_map(size_s: int, size_t: int, seed: int = 0) -> VocabMap:
         starts, free_s[columns].astype(np.int32), rng.random(starts[-1], np.float32) * np.float32(0.3)
     )
     names = ("student", "teacher", "student", "teacher")
-    return VocabMap(exact, inverse, graph, graph.transposed(size_s), *names, threshold=0.3, protect=True)
+    return VocabMap(
+        exact, inverse, exact, inverse, graph, graph.transposed(size_s), *names, threshold=0.3, protect=True
+    )
 
 
 def teacher_rows(rows_s: int, size_t: int, k: int, seed: int = 0) -> TeacherRows:

@@ -20,6 +20,7 @@ from cdm.records import Alignment
 
 Group = tuple[tuple[int, int], tuple[int, int]]
 DIAGONAL, TEACHER_BACK, STUDENT_BACK = 0, 1, 2
+NEAR = 8  # tokens on either side of the same place in the text
 
 
 def entropy_weights(entropy: ArrayLike) -> np.ndarray:
@@ -121,18 +122,24 @@ def dtw_bounds(texts_s: Sequence[str], texts_t: Sequence[str], weights_s: ArrayL
     The cost of a pair is the Levenshtein distance of the texts without spaces, times both weights; on ties the path
     goes diagonally, then back on the teacher's side, then on the student's. Groups are maximal runs without a diagonal.
 
-    Raises ValueError where texts and weights differ in length, or one side alone is empty.
+    Raises ValueError where texts and weights differ in length, a weight is negative, not finite, or one side alone is
+    empty.
     """
     w_s, w_t = np.asarray(weights_s, dtype=np.float64), np.asarray(weights_t, dtype=np.float64)
     if len(w_s) != len(texts_s) or len(w_t) != len(texts_t):
         raise ValueError(f"{len(texts_s)}, {len(texts_t)} texts but {len(w_s)}, {len(w_t)} weights")
+    if not all(np.isfinite(weights).all() and (weights >= 0).all() for weights in (w_s, w_t)):
+        raise ValueError("a weight of the warping is negative or not finite")
     _check_both(len(texts_s), len(texts_t))
     if len(texts_s) == 0:
         return _empty()
     unique_s, at_s = _distinct(texts_s)
     unique_t, at_t = _distinct(texts_t)
     edits = cdist(unique_t, unique_s, scorer=Levenshtein.distance, dtype=np.int32)
-    bounds_s, bounds_t = _trace(_warp(edits, at_s, at_t, w_s, w_t))
+    near = np.searchsorted(_sizes(unique_s)[at_s].cumsum(), _sizes(unique_t)[at_t].cumsum())
+    near[-1] = len(texts_s) - 1
+    limit = _near_cost(edits, at_s, at_t, w_s, w_t, near)
+    bounds_s, bounds_t = _trace(_warp(edits, at_s, at_t, w_s, w_t, limit))
     return Alignment(bounds_s, bounds_t)
 
 
@@ -154,6 +161,11 @@ def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     index: dict[str, int] = {}
     at = np.array([index.setdefault(text.replace(" ", ""), len(index)) for text in texts], dtype=np.int64)
     return list(index), at
+
+
+def _sizes(texts: Sequence[str]) -> np.ndarray:
+    """Their bytes: what both sides share however they cut a character."""
+    return np.array([len(text.encode("utf-8", "surrogateescape")) for text in texts])
 
 
 @njit(cache=True)
@@ -197,29 +209,59 @@ def _walk(ends_s: np.ndarray, ends_t: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 @njit(cache=True)
+def _near_cost(
+    edits: np.ndarray,
+    at_s: np.ndarray,
+    at_t: np.ndarray,
+    weights_s: np.ndarray,
+    weights_t: np.ndarray,
+    near: np.ndarray,
+) -> float:
+    """The cost of the best path that stays NEAR tokens from student token near[i] where it is at teacher token i."""
+    n_s, low = len(at_s), 0
+    row = np.full(n_s + 1, np.inf)
+    row[0] = 0.0
+    for i in range(len(at_t)):
+        diagonal, row[low], left = row[low], np.inf, np.inf
+        for j in range(low, min(near[i] + NEAR, n_s)):
+            above = row[j + 1]
+            left = edits[at_t[i], at_s[j]] * weights_t[i] * weights_s[j] + min(diagonal, above, left)
+            diagonal, row[j + 1] = above, left
+        low = max(low, near[i] - NEAR)
+    return row[n_s]
+
+
+@njit(cache=True)
 def _warp(
-    edits: np.ndarray, at_s: np.ndarray, at_t: np.ndarray, weights_s: np.ndarray, weights_t: np.ndarray
+    edits: np.ndarray, at_s: np.ndarray, at_t: np.ndarray, weights_s: np.ndarray, weights_t: np.ndarray, limit: float
 ) -> np.ndarray:
-    """The step that reaches each cell, [N_t, N_s] uint8; edits of cell (i, j): edits[at_t[i], at_s[j]]."""
+    """The step that reaches each cell, [N_t, N_s] uint8; edits of cell (i, j): edits[at_t[i], at_s[j]].
+
+    Costs are never negative, so no best path visits a cell that costs more than `limit`, the whole of some path: such
+    cells are left out (PrunedDTW, Silva and Batista, 2016), and the steps of the best paths stay as they are.
+    """
     n_t, n_s = len(at_t), len(at_s)
     steps = np.empty((n_t, n_s), np.uint8)
-    row, cost = np.full(n_s + 1, np.inf), np.empty(n_s)  # row[j + 1]: the best way to cell j of the row above
+    row = np.full(n_s + 1, np.inf)  # row[j + 1]: the best way to cell j of the row above
     row[0] = 0.0
+    first, stop = 0, 0  # outside of cells [first, stop) the row above has none
     for i in range(n_t):
-        edits_t = edits[at_t[i]]
-        for j in range(n_s):  # apart from the walk, whose cells wait for one another
-            cost[j] = edits_t[at_s[j]] * weights_t[i] * weights_s[j]
-        diagonal, row[0], left = row[0], np.inf, np.inf
-        for j in range(n_s):
+        diagonal, row[first], left = row[first], np.inf, np.inf
+        j, low, high = first, n_s, first
+        while j < n_s and (j <= stop or left <= limit):
             above = row[j + 1]
             best, step = diagonal, DIAGONAL
             if above < best:
                 best, step = above, TEACHER_BACK
             if left < best:
                 best, step = left, STUDENT_BACK
-            left = cost[j] + best
+            left = edits[at_t[i], at_s[j]] * weights_t[i] * weights_s[j] + best
             steps[i, j] = step
-            diagonal, row[j + 1] = above, left
+            diagonal, row[j + 1] = above, np.inf
+            if left <= limit:
+                row[j + 1], low, high = left, min(low, j), j + 1
+            j += 1
+        first, stop = low, high
     return steps
 
 

@@ -35,9 +35,9 @@ def uld(
     student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
         return nothing(student)
-    rows_s, rows_t, _ = _by_position(teacher, documents_s)
-    log_p, log_q = _sorted_outcomes(student, teacher, rows_s, rows_t, temperature)
-    return output((log_p.exp() - log_q.exp()).abs().sum(1), teacher)
+    rows_t, paired = _by_position(teacher, documents_s)
+    log_p, log_q = _sorted_outcomes(student, teacher, rows_t, temperature)
+    return output(torch.where(paired, (log_p.exp() - log_q.exp()).abs().sum(1), 0.0), teacher)
 
 
 def multilevel_ot(
@@ -61,9 +61,10 @@ def multilevel_ot(
     student = student_rows(logits_s)
     if len(teacher.groups_s) == 0:
         return nothing(student)
-    rows_s, rows_t, lengths = _by_position(teacher, documents_s)
-    log_p, log_q = _sorted_outcomes(student, teacher, rows_s, rows_t, temperature)
+    rows_t, paired = _by_position(teacher, documents_s)
+    log_p, log_q = (side[paired] for side in _sorted_outcomes(student, teacher, rows_t, temperature))
     kd = (log_p.exp() - log_q.exp()).abs().sum(1) + log_weight * losses.forward_kl(log_p, log_q)
+    lengths = documents_s[paired].unique_consecutive(return_counts=True)[1].tolist()
     blocks = zip(log_p.exp().split(lengths), log_q.exp().split(lengths), strict=True)
     sequences = torch.stack([_sinkhorn_divergence(p, q, blur, iterations) * len(p) for p, q in blocks])
     return output(torch.cat([kd, sequence_weight * sequences]), teacher)
@@ -208,29 +209,29 @@ def _one_to_one(teacher: TeacherRows) -> Tensor:
     return (lengths[0] == 1) & (lengths[1] == 1)
 
 
-def _by_position(teacher: TeacherRows, documents_s: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Student and teacher rows paired by position in each response [M] each, and the pairs of each document."""
-    _, counts = torch.unique_consecutive(documents_s[teacher.groups_s[:, 0]], return_counts=True)
-    last = counts.cumsum(0) - 1
-    first = last - counts + 1
-    start_s, start_t = teacher.groups_s[first, 0], teacher.groups_t[first, 0]
-    lengths = torch.minimum(teacher.groups_s[last, 1] - start_s, teacher.groups_t[last, 1] - start_t)
-    within = torch.arange(int(lengths.sum()), device=lengths.device)
-    within = within - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    rows_s, rows_t = (within + torch.repeat_interleave(start, lengths) for start in (start_s, start_t))
-    return rows_s, rows_t, lengths.tolist()
+def _by_position(teacher: TeacherRows, documents_s: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's row at the same place of the same response as each student row, and whether there is one: [R]."""
+    row = torch.arange(len(documents_s), device=documents_s.device)
+    of_group = documents_s[teacher.groups_s[:, 0]]
+    first = torch.searchsorted(of_group, documents_s)
+    last = torch.searchsorted(of_group, documents_s, right=True) - 1
+    there = first <= last
+    first = first.clamp_max(len(of_group) - 1)  # of a document without groups, which comes last
+    place = row - teacher.groups_s[first, 0]
+    rows_t = teacher.groups_t[first, 0] + place
+    there &= (row < teacher.groups_s[last, 1]) & (rows_t < teacher.groups_t[last, 1])
+    return torch.where(there, rows_t, 0), there
 
 
 def _sorted_outcomes(
-    student: StudentRows, teacher: TeacherRows, rows_s: Tensor, rows_t: Tensor, temperature: float
+    student: StudentRows, teacher: TeacherRows, rows_t: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities by rank, as many as the teacher kept, and the residual: [M, k + 1] of each side."""
+    """Log-probabilities by rank, as many as the teacher kept, and the residual: [R, k + 1] of each side."""
+    rows_s = torch.arange(len(rows_t), device=rows_t.device)
     k = min(teacher.topk_logp_t.shape[1], student.logits.shape[1])
     best = best_ids(student.logits, rows_s, k)
     logp_t = teacher.topk_logp_t[rows_t, :k]
-    return losses.topk_outcomes(
-        student.pick(rows_s, best), student.lse[rows_s], logp_t, ~torch.isneginf(logp_t), temperature
-    )
+    return losses.topk_outcomes(student.pick(rows_s, best), student.lse, logp_t, ~torch.isneginf(logp_t), temperature)
 
 
 def _sinkhorn_divergence(p: Tensor, q: Tensor, blur: float, iterations: int) -> Tensor:

@@ -105,38 +105,45 @@ def _aligned_table(rows: list[dict[str, object]], teachers: int) -> pa.Table:
 
 @dataclass(frozen=True)
 class AlignedData:
-    """The aligned parts of one split, addressed by row number. Sizes are held, texts and scores are read on demand."""
+    """The aligned parts of one split, addressed by row number. Sizes are held, texts and scores are read on demand.
+
+    limit: only the first so many rows are there; they are a random sample, because parts are in the order of hashes.
+    """
 
     folder: str
     shards_folders: tuple[str, ...]
     parts: tuple[str, ...]
+    limit: int | None = None
 
     @classmethod
-    def open(cls, folder: str, shards_folders: Sequence[str], split: str) -> AlignedData:
+    def open(cls, folder: str, shards_folders: Sequence[str], split: str, limit: int | None = None) -> AlignedData:
         """The split's parts in their order. Raises ValueError where the split has none."""
         names = tuple(part.name for part in parts.read_manifest(folder).parts if part.name.startswith(f"{split}-"))
         if not names:
             raise ValueError(
                 f"{folder}: no documents in the {split} split; raise corpus.{split}_share or max_documents"
             )
-        return cls(folder, tuple(shards_folders), names)
+        return cls(folder, tuple(shards_folders), names, limit)
 
     @cached_property
     def sizes(self) -> dict[str, Ints]:
         """Per row: tokens_s, response_s, groups0, groups1, ..."""
         names = ["tokens_s", "response_s", *(f"groups{k}" for k in range(len(self.shards_folders)))]
         tables = [parts.read_part(self.folder, part, columns=names) for part in self.parts]
-        return {name: np.concatenate([table[name].to_numpy() for table in tables]) for name in names}
+        return {name: np.concatenate([table[name].to_numpy() for table in tables])[: self.limit] for name in names}
 
     @cached_property
     def blocks(self) -> list[tuple[int, int, int, int]]:
         """(part, row group, first row, rows) of every block, in order."""
-        found, first = [], 0
+        found: list[tuple[int, int, int, int]] = []
+        first = 0
         for part, name in enumerate(self.parts):
             with parts.open_part(self.folder, name) as file:
                 metadata = file.metadata
             for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
+                rows = min(metadata.row_group(group).num_rows, len(self) - first)
+                if not rows:
+                    return found
                 found.append((part, group, first, rows))
                 first += rows
         return found

@@ -1,7 +1,7 @@
 """Whether a response is acceptable for its prompt's task: what generated responses must pass (layer 2).
 
 A check is a function of (prompt, response, metadata); it may raise DroppedError with another reason than check_failed.
-Code that a model wrote is never run here: such a check needs a sandbox, and would be one more entry of CHECKS.
+Code that a model wrote is never run here: a check that does would be one more entry of CHECKS, around `cdm.sandbox`.
 """
 
 from __future__ import annotations

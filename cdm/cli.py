@@ -91,9 +91,27 @@ def train(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Evaluate teacher and students on held-out documents (and all that this needs)."""
-    _run(config, overrides, "evaluate")
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="CONFIG|FOLDER", help="a YAML file, or the folder of a model")],
+    like: Annotated[
+        str | None, typer.Option("--config", metavar="CONFIG", help="of a folder: how, and with which teacher")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="tasks of EleutherAI's lm-eval, with commas between them")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Evaluate teacher and students on held-out documents and tasks (and all that this needs)."""
+    more = [] if tasks is None else [f"evaluation.harness=[{tasks}]"]
+    folder = os.path.isdir(what)
+    if folder and like is None:
+        fail(f"{what} is a folder: name with --config the config that says how it is evaluated", 2)
+    if not folder and like is not None:
+        fail(f"--config is for a folder, and {what} is none", 2)
+    checked = read(like or what, [*(overrides or []), *more])
+    from ray_jobs.pipeline import run_evaluation, run_stages
+
+    sys.exit(run_evaluation(checked, what) if folder else run_stages(checked, "evaluate"))
 
 
 @app.command()
@@ -117,11 +135,52 @@ def search(
     sys.exit(run_search(checked, retrain))
 
 
+@app.command()
+def compare(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train the variants of the config's `compare` section, several seeds each, and hold them against each other."""
+    checked = read(config, overrides)
+    from ray_jobs.pipeline import run_compare
+
+    sys.exit(run_compare(checked))
+
+
 def _run(config: str, overrides: list[str] | None, until: str) -> None:
     checked = read(config, overrides)
     from ray_jobs.pipeline import run_stages
 
     sys.exit(run_stages(checked, until))
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="FILE", help="a Ray cluster file: its nodes, how many of them, their prices")
+    ] = None,
+    prices: Annotated[
+        str | None, typer.Option(metavar="FILE", help="entries over those of cdm/rates.yaml: devices, prices, speeds")
+    ] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="first run all stages in miniature, here")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """What a config takes before it runs: tokens, bytes, device-hours, memory, wall time, cost."""
+    checked = read(config, overrides)
+    if measure:
+        from ray_jobs.measure import measure as run_miniature
+
+        code = run_miniature(checked)
+        if code:
+            sys.exit(code)
+    from cdm.plan_view import print_plan
+    from cdm.progress import console
+
+    try:
+        problems = print_plan(checked, cluster, prices, console)
+    except (ValueError, OSError) as error:
+        fail(str(error), 2)
+        raise
+    if problems:
+        fail("\n".join(problems), 1)
 
 
 @app.command()

@@ -15,18 +15,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from cdm.config_compare import Compare
 from cdm.config_corpus import AnyCorpus, Fields
 from cdm.config_errors import ConfigError, apply_override, describe
 from cdm.config_methods import AnyMethod, Sft
 from cdm.config_models import FinalNumber, Generation, Student, Teacher, check_context
 from cdm.config_search import Search
+from cdm.config_tasks import Evaluation
 from cdm.config_types import Folder, Positive, Strict
-
-
-class Evaluation(Strict):
-    documents: Positive = Field(200, description="documents of the test split")
-    samples: Annotated[int, Field(ge=0)] = Field(3, description="completions shown")
-    sample_tokens: Positive = 64
 
 
 class TeacherPool(Strict):
@@ -85,6 +81,7 @@ class Config(Strict):
     baselines: list[AnyMethod] = Field(default_factory=list, description="also trained, for the table of results")
     evaluation: Evaluation = Evaluation()
     search: Search | None = None
+    compare: Compare | None = None
     resources: Resources = Resources()
     tracking: AnyTracking = Field(default_factory=lambda: Mlflow(type="mlflow"))
 
@@ -124,6 +121,28 @@ class Config(Strict):
         if isinstance(check, FinalNumber) and (columns is None or check.reference not in columns.metadata):
             raise ValueError(f"generation.check.reference: {check.reference!r} is not in corpus.metadata")
         return self
+
+    @model_validator(mode="after")
+    def _answers_fit(self) -> Config:
+        for place, task in enumerate(self.evaluation.tasks):
+            if task.max_tokens >= self.answer_length:
+                raise ValueError(
+                    f"evaluation.tasks.{place}.max_tokens {task.max_tokens} leaves no room for a prompt: "
+                    f"evaluation.max_length is {self.answer_length}"
+                )
+        if self.evaluation.tasks:
+            for model in (self.teachers[0].model, self.student.model):
+                check_context(model, self.answer_length, "evaluation.")
+        return self
+
+    @property
+    def answer_length(self) -> int:
+        """Tokens of prompt and answer in `evaluation.tasks`."""
+        return self.evaluation.max_length or min(self.teachers[0].max_length, self.student.max_length)
+
+    @property
+    def student_seed(self) -> int:
+        return self.seed if self.student.seed is None else self.student.seed
 
     @property
     def generator(self) -> Teacher:

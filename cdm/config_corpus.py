@@ -43,22 +43,37 @@ class Fields(Corpus):
     metadata: list[str] = Field(default_factory=list, description="further columns, kept with each document")
 
 
-class Jsonl(Fields):
+class JsonlFiles(Strict):
     type: Literal["jsonl"]
     path: ExistingPath = Field(description="a file or a folder of *.jsonl / *.jsonl.gz")
 
 
-class ParquetCorpus(Fields):
+class ParquetFiles(Strict):
     type: Literal["parquet"]
     path: ExistingPath = Field(description="a file, a folder or a URL")
 
 
-class HuggingFace(Fields):
+class Dataset(Strict):
     type: Literal["huggingface"]
     name: HubOrFolder = Field(description="any name or local folder that `datasets.load_dataset` takes")
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+
+
+AnyRows = Annotated[JsonlFiles | ParquetFiles | Dataset, Field(discriminator="type")]
+
+
+class Jsonl(JsonlFiles, Fields):
+    pass
+
+
+class ParquetCorpus(ParquetFiles, Fields):
+    pass
+
+
+class HuggingFace(Dataset, Fields):
+    pass
 
 
 AnyCorpus = Annotated[PythonPackages | Jsonl | ParquetCorpus | HuggingFace, Field(discriminator="type")]

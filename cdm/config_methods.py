@@ -106,6 +106,11 @@ class Cdm(Tempered):
     type: Literal["cdm"]
     threshold: Share = Field(0.3, description="theta: largest edit distance of a dynamic mapping")
     protect: bool = Field(True, description="numbers, operators and white space match exactly or not at all")
+    unmatched: Literal["spelling", "prefix"] = Field(
+        "spelling",
+        description="a token without an exact twin maps to a near spelling, or to a token that it begins with",
+    )
+    observed: bool = Field(False, description="the text's own two tokens at a group's start map to one another")
     top_k: Positive = Field(100, description="live candidates of the student, and of the teacher's stored ones")
     tail: Literal["renormalise", "residual"] = "renormalise"
     dual: bool = True
@@ -125,3 +130,10 @@ AnyMethod = Annotated[
     Sft | Kl | ReverseKl | Js | SkewKl | Uld | MultilevelOt | MinEdit | Alm | Gold | StrictKl | Cdm | PaperCdm,
     Field(discriminator="type"),
 ]
+
+
+def label(method: AnyMethod) -> str:
+    """A method by name, with the options that are not the defaults: two of one type stay apart."""
+    default = type(method)(type=method.type)
+    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
+    return ", ".join([method.type, *options])

@@ -156,6 +156,8 @@ class Teacher(TakesModel):
 
 
 class Student(TakesModel, Optimisation):
+    seed: int | None = Field(None, description="of its weights and the order of its data; default: the config's")
+    max_documents: Positive | None = Field(None, description="it is taught the first so many of the training split")
     lora: Lora | None = None
     freeze_embeddings: bool = Field(False, description="a head that is tied to them is frozen with them")
     min_coverage: Share = Field(0.9, description="share of the responses' bytes that both sides must see")

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from cdm import parts, python_functions, sources
 from cdm.config import digest
-from cdm.config_corpus import AnyCorpus, HuggingFace, Jsonl, ParquetCorpus, PythonPackages
+from cdm.config_corpus import AnyCorpus, HuggingFace, PythonPackages
 from cdm.documents import DroppedError, Replace, document_of
 from cdm.records import Document, Message
 
@@ -184,15 +184,7 @@ def _row_groups(config: AnyCorpus, counts: Counter[str]) -> Iterator[Iterator[tu
         return
     texts = [config.messages] if config.messages else [config.prompt, *filter(None, [config.response])]
     columns = list(dict.fromkeys([*texts, *config.metadata]))
-    if isinstance(config, Jsonl):
-        yield sources.jsonl_rows(config.path, columns)
-    elif isinstance(config, ParquetCorpus):
-        yield sources.parquet_rows(config.path, columns)
-    else:
-        name = os.path.expanduser(config.name)
-        yield sources.huggingface_rows(
-            name, columns, subset=config.subset, split=config.split, revision=config.revision
-        )
+    yield sources.rows_of(config, columns)
 
 
 def _function_rows(locations: list[Any], counts: Counter[str]) -> Iterator[tuple[str, sources.Row]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -16,15 +17,16 @@ from torch import Tensor
 from cdm.batches import AlignedData, Row, collate, micro_batches, token_bytes
 from cdm.corpus import read_documents
 from cdm.head import Sums
+from cdm.images import exact_map
 from cdm.models import load_model
 from cdm.pieces import Piece
 from cdm.records import AlignedBatch, Document, EvalReport
 from cdm.rows import StudentRows, token_logp
 from cdm.step import StudentModel, to_device
 from cdm.tokenizers import Tokenizer, load_tokenizer
-from cdm.vocab_map import exact_map
 
 LN2 = math.log(2)
+DOCUMENT_SUMS = ("nats", "bytes", "agreed", "shared")  # what a document adds to bits per byte and agreement
 
 
 def held_out(aligned: str, shards: Sequence[str], documents: int) -> list[Row]:
@@ -74,27 +76,40 @@ def evaluate_student(
     inner = load_model(folder, revision=revision, dtype=precision).to(device).eval()
     model = StudentModel(inner)
     lengths = np.array([len(row.prompt_s) + len(row.ids_s) for row in rows])
-    nats, size, agreed, shared = 0.0, 0, 0, 0
+    sums = {name: np.zeros(len(rows)) for name in DOCUMENT_SUMS}
     for chunk in micro_batches(np.arange(len(rows)), lengths, world=1, micro_batch_tokens=micro_batch_tokens):
         documents = [rows[number] for number in chunk]
         if not documents:
             continue
         batch = collate(documents, top_k=1)
         sizes = torch.from_numpy(token_bytes(documents)).to(device)
-        sums = read_sums(model, to_device(batch, device), partial(response_sums, sizes=sizes, images=images))
-        nats += float(sums["nats"])
-        agreed += int(sums["agreed"])
-        shared += int(sums["shared"])
-        size += int(sizes.sum())
+        of_piece = partial(document_sums, sizes=sizes, images=images, documents=len(documents))
+        for key, values in read_sums(model, to_device(batch, device), of_piece).items():
+            sums[key][chunk] = values.cpu().numpy()
+        sums["bytes"][chunk] = [int(row.ends_s[-1]) if len(row.ends_s) else 0 for row in documents]
+    samples = _completed(inner, tokenizer_s, prompts, sample_tokens)
+    return _report(name, rows, sums, time.perf_counter() - began, samples)
+
+
+def _report(
+    name: str,
+    rows: Sequence[Row],
+    sums: dict[str, np.ndarray],
+    seconds: float,
+    samples: tuple[dict[str, str], ...] = (),
+) -> EvalReport:
+    total = {key: float(values.sum()) for key, values in sums.items()}
     return EvalReport(
         name=name,
-        bits_per_byte=nats / size / LN2,
-        agreement=agreed / shared if shared else None,
+        bits_per_byte=total["nats"] / total["bytes"] / LN2,
+        agreement=total["agreed"] / total["shared"] if total["shared"] else None,
         documents=len(rows),
-        response_bytes=size,
-        shared_boundaries=shared,
-        seconds=time.perf_counter() - began,
-        samples=_completed(inner, tokenizer_s, prompts, sample_tokens),
+        response_bytes=int(total["bytes"]),
+        shared_boundaries=int(total["shared"]),
+        seconds=seconds,
+        samples=samples,
+        ids=tuple(row.id for row in rows),
+        sums={key: tuple(values.tolist()) for key, values in sums.items()},
     )
 
 
@@ -102,7 +117,7 @@ def _images(tokenizer_s: Tokenizer, tokenizer_t: Tokenizer) -> np.ndarray:
     """The student's id of each teacher id, -1 where there is none; the same id in the same tokenizer. int64 [V_t]."""
     if tokenizer_s.vocabulary == tokenizer_t.vocabulary:
         return np.arange(tokenizer_t.vocab_size)
-    return exact_map(tokenizer_s, tokenizer_t).astype(np.int64)
+    return exact_map(tokenizer_s, tokenizer_t, "emitted").astype(np.int64)
 
 
 def read_sums(model: StudentModel, batch: AlignedBatch, sums_of: Callable[[StudentRows, Piece], Sums]) -> Sums:
@@ -120,28 +135,52 @@ def response_sums(rows: StudentRows, piece: Piece, *, sizes: Tensor, images: Ten
     sizes [R]: bytes of the tokens of the whole batch. images [V_t]: the student's id of each of the first teacher's
     ids, -1 where there is none; without them no agreement.
     """
-    has_bytes = sizes[piece.start : piece.end] > 0
-    sums = {"nats": -torch.where(has_bytes, token_logp(rows, piece.targets_s).double(), 0.0).sum()}
+    sums = {"nats": _nats(rows, piece, sizes).sum()}
     if images is None:
         return sums
+    agreed, shared = _agreement(rows, piece, images)
+    return sums | {"agreed": agreed.sum(), "shared": shared.sum()}
+
+
+def document_sums(rows: StudentRows, piece: Piece, *, sizes: Tensor, images: Tensor, documents: int) -> Sums:
+    """`response_sums` of each document of the batch: [documents] float64."""
+    agreed, shared = _agreement(rows, piece, images)
+    of_groups = piece.documents_s[piece.teachers[0].groups_s[:, 0]]
+    parts = {
+        "nats": (piece.documents_s, _nats(rows, piece, sizes)),
+        "agreed": (of_groups, agreed.double()),
+        "shared": (of_groups, shared.double()),
+    }
+    none = torch.zeros(documents, dtype=torch.float64, device=sizes.device)
+    return {name: none.index_add(0, where, values) for name, (where, values) in parts.items()}
+
+
+def _nats(rows: StudentRows, piece: Piece, sizes: Tensor) -> Tensor:
+    """Of each row whose token has bytes, 0 of the others: [R] float64."""
+    has_bytes = sizes[piece.start : piece.end] > 0
+    return torch.where(has_bytes, -token_logp(rows, piece.targets_s).double(), 0.0)
+
+
+def _agreement(rows: StudentRows, piece: Piece, images: Tensor) -> tuple[Tensor, Tensor]:
+    """At each group's first byte: whether both sides' best tokens are the same, and whether they can be. [G] bool."""
     teacher = piece.teachers[0]
     best_t = teacher.topk_ids_t[teacher.groups_t[:, 0], 0]
     known = (best_t >= 0) & (best_t < len(images))  # beyond: padded rows
     wanted = torch.where(known, images[best_t.clamp(0, len(images) - 1)], -1)
     best_s = rows.logits.argmax(-1)[teacher.groups_s[:, 0]]
-    return sums | {"agreed": (best_s == wanted).sum(), "shared": (wanted >= 0).sum()}
+    return best_s == wanted, wanted >= 0
 
 
 def evaluate_teacher(name: str, rows: Sequence[Row]) -> EvalReport:
     """The first teacher's own bits per byte, from its stored scores: no forward pass."""
-    nats, size = 0.0, 0
-    for row in rows:
+    sums = {name: np.zeros(len(rows)) for name in DOCUMENT_SUMS}
+    for number, row in enumerate(rows):
         scores = row.scores[0]
         assert scores is not None  # `held_out` leaves out documents in quarantine
         sizes = np.diff(scores.ends_t, prepend=0)
-        nats -= float(scores.logp_t[sizes > 0].astype(np.float64).sum())
-        size += int(sizes.sum())
-    return EvalReport(name, nats / size / LN2, 1.0, len(rows), size, 0, 0.0)
+        sums["nats"][number] = -scores.logp_t[sizes > 0].astype(np.float64).sum()
+        sums["bytes"][number] = sizes.sum()
+    return replace(_report(name, rows, sums, 0.0), agreement=1.0)
 
 
 def sample_prompts(corpus: str, rows: Sequence[Row], count: int) -> list[Document]:

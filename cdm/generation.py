@@ -67,7 +67,6 @@ class ResponseGenerator:
             model,
             revision=revision,
             tokenizer=self.tokenizer,
-            sampling=self.sampling,
             max_length=max_length,
             **options,
         )
@@ -81,7 +80,7 @@ class ResponseGenerator:
         counts = Counter(given=len(kept), prompts=0, samples=0, tokens=0, generated=0)
         missing = [document for document in documents if document.id not in kept]
         asked = self._requests(missing, self.samples if split == "train" else 1, counts)
-        written = self.engine.generate([request for _, _, request in asked])
+        written = self.engine.generate([request for _, _, request in asked], self.sampling)
         for (document, sample, _), ids in zip(asked, written, strict=True):
             counts.update(samples=1, tokens=len(ids))
             try:

@@ -39,7 +39,7 @@ class Request:
 class Generator(Protocol):
     """A model that writes."""
 
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         """The new tokens of each request, the one that ended it included."""
         ...
 
@@ -56,36 +56,35 @@ class TransformersGenerator:
         *,
         revision: str | None,
         tokenizer: Tokenizer,
-        sampling: Sampling,
         max_length: int,
         dtype: str,
         batch_tokens: int,
     ) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer, self.batch_tokens = tokenizer, batch_tokens
+        self.model = load_model(model, revision=revision, dtype=dtype).eval().to(self.device)
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        """See Generator."""
         from transformers import GenerationConfig
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer, self.sampling, self.batch_tokens = tokenizer, sampling, batch_tokens
-        self.model = load_model(model, revision=revision, dtype=dtype).eval().to(self.device)
         self.model.generation_config = GenerationConfig(  # instead of the model's own, which may penalise or truncate
             max_new_tokens=sampling.max_tokens,
             do_sample=False,  # _Noise samples
             eos_token_id=list(sampling.stop_ids),
             pad_token_id=sampling.stop_ids[0],
         )
-
-    @torch.inference_mode()
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
-        """See Generator."""
         out: dict[int, list[int]] = {}
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
         while order:
-            longest = len(requests[order[-1]].prompt_ids) + self.sampling.max_tokens
+            longest = len(requests[order[-1]].prompt_ids) + sampling.max_tokens
             rows = max(1, self.batch_tokens // longest)
             batch, order = order[-rows:], order[:-rows]
-            out.update(zip(batch, self._batch([requests[i] for i in batch]), strict=True))
+            out.update(zip(batch, self._batch([requests[i] for i in batch], sampling), strict=True))
         return [out[i] for i in range(len(requests))]
 
-    def _batch(self, requests: list[Request]) -> list[list[int]]:
+    def _batch(self, requests: list[Request], sampling: Sampling) -> list[list[int]]:
         from transformers import LogitsProcessorList, StoppingCriteriaList
 
         width = max(len(request.prompt_ids) for request in requests)
@@ -94,19 +93,22 @@ class TransformersGenerator:
         for b, request in enumerate(requests):
             input_ids[b, width - len(request.prompt_ids) :] = torch.tensor(request.prompt_ids)
             mask[b, width - len(request.prompt_ids) :] = 1
-        stop_texts = _StopTexts(self.sampling.stop, self.tokenizer, width)
+        stop_texts = _StopTexts(sampling.stop, self.tokenizer, width)
         tokens = self.model.generate(
             input_ids.to(self.device),
             attention_mask=mask.to(self.device),
-            logits_processor=LogitsProcessorList([_Noise(self.sampling, [r.seed for r in requests], self.device)]),
+            logits_processor=LogitsProcessorList([_Noise(sampling, [r.seed for r in requests], self.device)]),
             stopping_criteria=StoppingCriteriaList([stop_texts]),
         )
         # rows that end before the others are padded
-        return [self._until_stop(ids[width : stop_texts.ends.get(b)]) for b, ids in enumerate(tokens.tolist())]
+        return [
+            _until_stop(ids[width : stop_texts.ends.get(b)], sampling.stop_ids) for b, ids in enumerate(tokens.tolist())
+        ]
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        ends = [i for i, token in enumerate(ids) if token in self.sampling.stop_ids]
-        return ids[: ends[0] + 1] if ends else ids
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = [i for i, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0] + 1] if ends else ids
 
 
 class _Noise:
@@ -168,12 +170,10 @@ class VllmGenerator:
         *,
         revision: str | None,
         tokenizer: Tokenizer,
-        sampling: Sampling,
         max_length: int,
         max_num_batched_tokens: int,
         **engine: Any,
     ) -> None:
-        self.sampling = sampling
         self.llm = start_vllm(
             model,
             revision=revision,
@@ -187,31 +187,32 @@ class VllmGenerator:
             **engine,
         )
 
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         """See Generator."""
         if not requests:
             return []
         # What earlier calls left in the cache would change the shapes of this one's batches, and so the last bits.
         self.llm.reset_prefix_cache()
         prompts = [{"prompt_token_ids": request.prompt_ids} for request in requests]
-        params = [self._params(request.seed) for request in requests]
+        params = [_params(sampling, request.seed) for request in requests]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
-    def _params(self, seed: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
-        return SamplingParams(
-            temperature=self.sampling.temperature,
-            top_p=self.sampling.top_p,
-            max_tokens=self.sampling.max_tokens,
-            stop=list(self.sampling.stop),
-            stop_token_ids=list(self.sampling.stop_ids),
-            seed=seed,
-            detokenize=bool(self.sampling.stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+def _params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_tokens=sampling.max_tokens,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_ids),
+        seed=seed,
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 GENERATORS: dict[str, type[TransformersGenerator] | type[VllmGenerator]] = {

@@ -34,10 +34,14 @@ def cdm(
     tail: Tail = "renormalise",
     dual: bool = True,
     rows: Literal["first", "mean"] = "first",
+    observed: bool = False,
+    targets_s: Tensor | None = None,
 ) -> LossOutput:
     """Contextual dynamic mapping. Source: arXiv 2502.11104; docs/method.md, sections 2 to 4.
 
     top_k: live candidates on either side. rows: which rows stand for a group, its first or the mean of all.
+    observed: the two tokens that the text itself has at the start of a group map to one another there, whatever the
+    map says; targets_s [R], the student's own tokens, is needed for that alone.
     Raises ValueError where nothing in the whole batch maps, naming the tokenizers; not on an accelerator, which would
     be waited for: there the caller looks at the mass in the metrics once a step.
     """
@@ -47,6 +51,13 @@ def cdm(
         return nothing(student)
     pairs = pair_rows(student, teacher, top_k, rows)
     map_t_to_s, map_s_to_t = vocab_map.both(pairs.ids_t, pairs.top_s)
+    if observed:
+        if targets_s is None:
+            raise ValueError("cdm with observed=True needs targets_s")
+        own_s, own_t = targets_s[teacher.groups_s[:, :1]], teacher.ids_t[teacher.groups_t[:, :1]]
+        live_t = torch.where((pairs.ids_t == own_t).any(1, keepdim=True), own_t, -1)
+        map_t_to_s = torch.where(pairs.ids_t == own_t, own_s, map_t_to_s)
+        map_s_to_t = torch.where(pairs.top_s == own_s, live_t, map_s_to_t)
     k = map_t_to_s.shape[1]
     z = pairs.pick(torch.cat([map_t_to_s.clamp_min(0), pairs.top_s], 1))
     both = losses.cdm_directions(
@@ -153,6 +164,8 @@ SAME_TOKENIZER = ("kl", "reverse_kl", "js", "skew_kl")
 # What a method needs of the batch besides its rows: targets_s [R] token ids, documents_s [R] document numbers.
 CONTEXT: dict[str, str] = {
     "alm": "targets_s",
+    "cdm": "targets_s",
+    "cdm_paper": "targets_s",
     "min_edit": "targets_s",
     "multilevel_ot": "documents_s",
     "uld": "documents_s",

@@ -144,9 +144,16 @@ def _publish(unfinished: Path, folder: Path) -> None:
 
 def _model_config(section: Pretrain, tokenizer: Tokenizer) -> transformers.PretrainedConfig:
     roles = tokenizer.special_roles
+    ids = {"bos": roles.get("bos"), "eos": tokenizer.end_of_turn_id, "pad": roles["pad"]}
+    named = {f"{role}_token_id": number for role, number in ids.items()}
+    return pretrain_config(section, tokenizer.vocab_size, **named)
+
+
+def pretrain_config(section: Pretrain, vocab_size: int, **options: int | None) -> transformers.PretrainedConfig:
+    """The configuration of a model of this shape whose tokenizer has so many ids."""
     kind = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[section.architecture]
     return kind(
-        vocab_size=-(-tokenizer.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
+        vocab_size=-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE,
         hidden_size=section.hidden_size,
         intermediate_size=section.intermediate_size,
         num_hidden_layers=section.layers,
@@ -154,9 +161,7 @@ def _model_config(section: Pretrain, tokenizer: Tokenizer) -> transformers.Pretr
         num_key_value_heads=section.kv_heads,
         max_position_embeddings=section.context,
         tie_word_embeddings=section.hidden_size <= TIED_UP_TO,
-        bos_token_id=roles.get("bos"),
-        eos_token_id=tokenizer.end_of_turn_id,
-        pad_token_id=roles["pad"],
+        **options,
     )
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from matplotlib.figure import Figure
+
 from cdm.batches import Row
 from cdm.config import Config
+from cdm.config_compare import Compare
 from cdm.config_search import Search
 from cdm.figures import (
     best_so_far_figure,
@@ -39,6 +43,7 @@ class Reviewed:
     runs: Mapping[str, Series]
     rows: Sequence[Row]
     texts: Mapping[str, str]
+    scores: Sequence[Section] = ()
 
 
 def pipeline_page(seen: Reviewed) -> str:
@@ -50,6 +55,7 @@ def pipeline_page(seen: Reviewed) -> str:
             table(seen.results),
         )
     ]
+    found += seen.scores
     if seen.runs:
         found += _curves(seen)
     if seen.rows:
@@ -151,3 +157,18 @@ def search_page(config: Config, section: Search, trials: Sequence[Trial], shares
     seeds = "1 seed" if section.seeds == 1 else f"{section.seeds} seeds"
     subtitle = f"{len(trials)} trials, {section.searcher}, {section.scheduler}, {seeds} a trial"
     return page(f"{config.name}: search", subtitle, found)
+
+
+def compare_page(config: Config, section: Compare, columns: Columns, teacher: float, drawn: Figure) -> str:
+    """The table and the figure of a comparison, and what each variant is."""
+    note = (
+        f"Mean over {section.seeds} seeds and 95 % intervals. Lower bits per byte are better; the teacher has "
+        f"{teacher:.3f}. Differences and gaps are taken at equal seeds."
+    )
+    asked = {"variant": list(section.variants), "values": [json.dumps(one) for one in section.variants.values()]}
+    found = [
+        Section("Held-out documents", note, table(columns)),
+        Section("The gap to the teacher", f"0 is {section.baseline}, 1 the teacher.", svg(drawn)),
+        Section("Variants", "The config with these values.", table(asked)),
+    ]
+    return page(f"{config.name}: comparison", f"{len(section.variants)} variants, {config.student.steps} steps", found)

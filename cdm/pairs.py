@@ -15,12 +15,16 @@ from cdm.records import LossOutput, TeacherRows
 from cdm.rows import StudentRows, best_ids
 from cdm.vocab_map import VocabMap
 
+ID_BITS = 32  # of a group's number and a token id in one integer
+NO_KEY = torch.iinfo(torch.int64).max
+
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
     """One pair of distributions a group: the student's, read through `pick` and `lse`, and the teacher's top-k [G, K].
 
-    The student's is its row `rows` [G]; or, with `means`, the mean of the log-probabilities of the group's rows [L].
+    The student's is its row `rows` [G]; or, with `means`, the mean of the log-probabilities of the group's rows, and
+    `rows` are all rows [R].
     top_s [G, K']: the student's live best ids.
     """
 
@@ -35,7 +39,7 @@ class Pairs:
         """Student logits at `ids` [G, M]."""
         if self.means is None:
             return self.student.pick(self.rows, ids)
-        return self.means(self.student.pick(self.rows, ids[self.means.of_row]))
+        return self.means(self.student.pick(self.rows, self.means.spread(ids)))
 
     @property
     def lse(self) -> Tensor:
@@ -46,16 +50,19 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Means:
-    """Means over the rows of each group: the group of each row `of_row` [L], its weight there `share` [L]."""
+    """Means over the rows of each group. of_row [R]: `group_of_rows`; lengths [G]: rows of each."""
 
-    groups: int
     of_row: Tensor
-    share: Tensor
+    lengths: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What each row's group has; rows in none get some other's. [G, ...] -> [R, ...]."""
+        return values[self.of_row.clamp_max(len(self.lengths) - 1)]
 
     def __call__(self, values: Tensor) -> Tensor:
-        """[L, ...] -> [G, ...]."""
-        share = self.share.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
-        return values.new_zeros(self.groups, *values.shape[1:]).index_add(0, self.of_row, values * share)
+        """[R, ...] -> [G, ...]."""
+        share = self.spread(1.0 / self.lengths).to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        return _add_up(values * share, self.of_row, len(self.lengths))
 
 
 def need_map(method: str, student: StudentRows, vocab_map: VocabMap | None) -> VocabMap:
@@ -83,10 +90,9 @@ def pair_rows(student: StudentRows, teacher: TeacherRows, top_k: int, rows: Lite
     k_t = min(top_k or teacher.topk_ids_t.shape[1], teacher.topk_ids_t.shape[1])
     means = None
     if rows == "mean":
-        at, of_row = _rows(teacher.groups_s)
-        share = (1.0 / (teacher.groups_s[:, 1] - teacher.groups_s[:, 0]))[of_row]
-        means = Means(len(teacher.groups_s), of_row, share)
-        logits = means(student.logits[at])
+        at = torch.arange(len(student.logits), device=student.logits.device)
+        means = Means(group_of_rows(teacher.groups_s, len(at)), teacher.groups_s[:, 1] - teacher.groups_s[:, 0])
+        logits = means(student.logits)
         top_s = best_ids(logits, torch.arange(len(logits), device=logits.device), top_k)
         ids_t, logp_t = _teacher_means(teacher)
     else:
@@ -99,40 +105,56 @@ def pair_rows(student: StudentRows, teacher: TeacherRows, top_k: int, rows: Lite
 
 def group_sums(values: Tensor, groups: Tensor) -> Tensor:
     """The sum of `values` [R] over the rows of each group: [G]."""
-    rows, of_row = _rows(groups)
-    return values.new_zeros(len(groups)).index_add(0, of_row, values[rows])
+    return _add_up(values, group_of_rows(groups, len(values)), len(groups))
 
 
-def _rows(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """All rows of all groups, in order, and the group of each."""
-    lengths = groups[:, 1] - groups[:, 0]
-    of_row = torch.repeat_interleave(lengths)
-    starts = torch.repeat_interleave(groups[:, 0] - (lengths.cumsum(0) - lengths), lengths)
-    return starts + torch.arange(len(of_row), device=groups.device), of_row
+def group_of_rows(groups: Tensor, rows: int) -> Tensor:
+    """The group of each of `rows` rows, G for a row in none: [R]. Groups [G, 2], G > 0, are in order.
+
+    Of all rows, not of the groups' alone: how many these are is known on the device only, and would be waited for.
+    """
+    row = torch.arange(rows, device=groups.device)
+    before = torch.searchsorted(groups[:, 0].contiguous(), row, right=True) - 1
+    inside = (before >= 0) & (row < groups[before.clamp_min(0), 1])
+    return torch.where(inside, before, len(groups))
+
+
+def _add_up(values: Tensor, of_row: Tensor, groups: int) -> Tensor:
+    """Sums over the rows of each group; a row in none adds to a last one, which is dropped. [R, ...] -> [G, ...]."""
+    return values.new_zeros(groups + 1, *values.shape[1:]).index_add(0, of_row, values)[:groups]
 
 
 def _teacher_means(teacher: TeacherRows) -> tuple[Tensor, Tensor]:
-    """Log-probabilities averaged over each group's rows: the union's best K, the rest as padding.
+    """Log-probabilities averaged over each group's rows, an absent id at its row's smallest: the union's best K.
 
-    An id that a row lacks is at that row's smallest.
+    What all rows of a group kept is one flat list of [R_t * K]: a long group costs no padding of the others.
     """
-    start, end = teacher.groups_t[:, 0], teacher.groups_t[:, 1]
-    longest = int((end - start).max())
-    rows = start[:, None] + torch.arange(longest, device=start.device)
-    valid = rows < end[:, None]
-    rows = torch.where(valid, rows, start[:, None])
-    ids, logp = teacher.topk_ids_t[rows], teacher.topk_logp_t[rows]  # [G, L, K]
-    least = torch.where(torch.isneginf(logp), torch.inf, logp).amin(2, keepdim=True)
-    extra = torch.where(valid[:, :, None], logp.maximum(least) - least, 0.0).flatten(1)
-    base = torch.where(valid, least[:, :, 0], 0.0).sum(1)
-    ids, order = torch.where(valid[:, :, None] & (ids >= 0), ids, torch.iinfo(ids.dtype).max).flatten(1).sort(1)
-    leads = ids < torch.iinfo(ids.dtype).max
-    leads[:, 1:] &= ids[:, 1:] != ids[:, :-1]
-    segment = leads.long().cumsum(1).sub_(1).clamp_min_(0)
-    total = torch.zeros_like(extra).scatter_add(1, segment, extra.gather(1, order)).gather(1, segment)
-    means = ((base[:, None] + total) / (end - start)[:, None]).masked_fill(~leads, -torch.inf)
-    logp, best = means.topk(teacher.topk_ids_t.shape[1])
-    return ids.gather(1, best).masked_fill(torch.isneginf(logp), -1), logp
+    groups, k = len(teacher.groups_t), teacher.topk_ids_t.shape[1]
+    logp = teacher.topk_logp_t
+    of_row = group_of_rows(teacher.groups_t, len(logp))
+    least = torch.where(torch.isneginf(logp), torch.inf, logp).amin(1, keepdim=True)
+    kept = (teacher.topk_ids_t >= 0) & (of_row < groups)[:, None]
+    extra = torch.where(kept, logp.maximum(least) - least, 0.0).flatten()
+    key = torch.where(kept, (of_row[:, None] << ID_BITS) + teacher.topk_ids_t, NO_KEY).flatten()
+
+    key, order = key.sort(stable=True)  # equal ids of a group become neighbours
+    leads = key < NO_KEY
+    leads[1:] &= key[1:] != key[:-1]
+    segment = leads.long().cumsum(0).sub_(1).clamp_min_(0)
+    total = torch.zeros_like(extra).index_add(0, segment, extra[order])[segment]
+    group = torch.where(leads, key >> ID_BITS, groups)
+    lengths = torch.nn.functional.pad(teacher.groups_t[:, 1] - teacher.groups_t[:, 0], (0, 1), value=1)
+    base = logp.new_zeros(groups + 1).index_add(0, of_row, least[:, 0])
+    means = (base[group] + total) / lengths[group]
+
+    best = means.argsort(descending=True, stable=True)
+    best = best[group[best].argsort(stable=True)]  # by group, in it by mean
+    group, ids, means = group[best], key[best] & ((1 << ID_BITS) - 1), means[best]
+    rank = torch.arange(len(group), device=group.device) - torch.searchsorted(group, group)
+    place = torch.where((rank < k) & (group < groups), group * k + rank, groups * k)
+    ids_t = ids.new_full((groups * k + 1,), -1).scatter(0, place, ids)
+    logp_t = means.new_full((groups * k + 1,), -torch.inf).scatter(0, place, means)
+    return ids_t[:-1].view(groups, k), logp_t[:-1].view(groups, k)
 
 
 def output(

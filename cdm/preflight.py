@@ -95,7 +95,7 @@ def check_coverage(found: Coverage, floor: float, teacher: str) -> None:
 @dataclass(frozen=True)
 class Mass:
     """The teacher's probability at the groups' first tokens: with an exact image in the student's vocabulary, with some
-    near spelling there, and the rest.
+    near spelling or prefix there, and the rest.
     """
 
     exact: float
@@ -103,7 +103,7 @@ class Mass:
     unmapped: float
 
     def __str__(self) -> str:
-        return f"mass {self.exact:.1%} exact, {self.near:.1%} with a near spelling, {self.unmapped:.1%} unmapped"
+        return f"mass {self.exact:.1%} exact, {self.near:.1%} mapped by spelling, {self.unmapped:.1%} unmapped"
 
 
 def teacher_mass(aligned: str, shards: Sequence[str], k: int, vocab_map: VocabMap | None) -> Mass:
@@ -121,7 +121,7 @@ def teacher_mass(aligned: str, shards: Sequence[str], k: int, vocab_map: VocabMa
         if vocab_map is not None:
             known &= ids < len(vocab_map.exact)
             inside = np.where(known, ids, 0)
-            has_near = np.diff(vocab_map.graph.starts)[inside] > 0
+            has_near = (np.diff(vocab_map.graph.starts)[inside] > 0) | (vocab_map.static[inside] >= 0)
             image = vocab_map.exact[inside] >= 0
             near += float(mass[known & ~image & has_near].sum())
             known &= image

@@ -108,7 +108,8 @@ class LossOutput:
 class EvalReport:
     """Held-out quality of one model: bits per response byte; agreement in [0, 1], None where not measured.
 
-    mappings: the dynamic mappings that moved most of the first teacher's mass (`cdm.mappings`).
+    mappings: the dynamic mappings that moved most of the first teacher's mass (`cdm.mappings`). sums: what each of the
+    documents `ids` adds to nats, bytes, agreed and shared boundaries.
     """
 
     name: str
@@ -120,3 +121,5 @@ class EvalReport:
     seconds: float
     samples: tuple[dict[str, str], ...] = ()
     mappings: tuple[dict[str, str | float], ...] = ()
+    ids: tuple[str, ...] = ()
+    sums: dict[str, tuple[float, ...]] = field(default_factory=dict)

@@ -13,21 +13,33 @@ from rich.table import Table
 from cdm.export import ABOUT, read_about
 from cdm.journal import Series
 from cdm.records import EvalReport
+from cdm.scores import held_out_scores
 
 Columns = dict[str, list[Any]]
+HALF = " ±"  # ends the name of a column with half the width of a 95 % interval
 
 
 def results(reports: Sequence[EvalReport], folders: dict[str, str]) -> Columns:
     """One row a model. Training seconds are those of the student's steps, over restarts, without start-up."""
     about = [_about(folders.get(report.name)) for report in reports]
+    scored = {(one.model, one.metric): one.interval.half_width for one in held_out_scores(reports)}
+    bits, agreement = (
+        [_rounded(scored.get((report.name, metric))) for report in reports] for metric in ("bits_per_byte", "agreement")
+    )
     return {
         "model": [report.name for report in reports],
         "steps": [one.get("steps") for one in about],
         "bits per byte": [round(report.bits_per_byte, 4) for report in reports],
+        "bits per byte ±": bits,
         "agreement": [None if r.agreement is None else round(r.agreement, 4) for r in reports],
+        "agreement ±": agreement,
         "training seconds": [round(one["seconds"], 1) if "seconds" in one else None for one in about],
         "evaluation seconds": [round(report.seconds, 1) for report in reports],
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def _about(folder: str | None) -> dict[str, Any]:
@@ -45,18 +57,34 @@ def checkpoints(folder: str, series: Series) -> Columns:
     return columns
 
 
-def print_results(columns: Columns, console: Console) -> None:
-    table = Table(title="Held-out documents", title_justify="left")
-    for name in columns:
+def print_results(columns: Columns, console: Console, title: str = "Held-out documents") -> None:
+    """A table in which half the width of an interval stands behind its value."""
+    shown = with_half_widths(columns)
+    table = Table(title=title, title_justify="left")
+    for name in shown:
         table.add_column(name, justify="left" if name == "model" else "right")
-    for row in zip(*columns.values(), strict=True):
+    for row in zip(*shown.values(), strict=True):
         table.add_row(*map(_cell, row))
     console.print(table)
 
 
+def with_half_widths(columns: Columns) -> Columns:
+    """Each column `NAME ±` joined to the column NAME."""
+    shown: Columns = {}
+    for name, values in columns.items():
+        if name.endswith(HALF):
+            before = shown[name.removesuffix(HALF)]
+            joined = zip(before, values, strict=True)
+            shown[name.removesuffix(HALF)] = [v if w is None else f"{_cell(v)} ± {w:,}" for v, w in joined]
+        else:
+            shown[name] = list(values)
+    return shown
+
+
 def description(columns: Columns) -> str:
     """What MLflow shows on a run's first page: a table in Markdown, and where the rest is."""
-    rows = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    shown = with_half_widths(columns)
+    rows = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
     lines = [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
     return "\n".join([*lines, "", "All there is to see: `overview.html` under *Artifacts*."])
 
@@ -79,7 +107,8 @@ def results_figure(columns: Columns) -> Figure:
     names = list(columns["model"])
     for axes, key, unit in ((left, "bits per byte", "bits per byte, lower is better"), (right, "agreement", "share")):
         values = [value or 0.0 for value in columns[key]]
-        bars = axes.barh(names, values, color="#3b6ea5")
+        widths = [width or 0.0 for width in columns[key + HALF]]
+        bars = axes.barh(names, values, xerr=widths, color="#3b6ea5", ecolor="#8a949e", error_kw={"elinewidth": 1})
         axes.bar_label(bars, labels=[f"{value:.3f}" for value in values], padding=3, fontsize=8)
         axes.set_xlabel(unit if key == "bits per byte" else "agreement with the teacher's next token, share")
         axes.margins(x=0.15)

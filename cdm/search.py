@@ -58,7 +58,7 @@ def config_value(distribution: AnyDistribution, given: Any) -> Any:
 def trial_config(config: Config, parameters: Parameters) -> Config:
     """The config of a trial: an ordinary one, without `search`. Raises ConfigError where values do not go together."""
     space = search_section(config).space
-    return _with_values(config, {name: config_value(space[name], given) for name, given in parameters.items()})
+    return with_values(config, {name: config_value(space[name], given) for name, given in parameters.items()})
 
 
 def exact_parameters(search: Search, parameters: Parameters) -> dict[str, Any]:
@@ -66,8 +66,9 @@ def exact_parameters(search: Search, parameters: Parameters) -> dict[str, Any]:
     return {name: parameter(config_value(search.space[name], given)) for name, given in parameters.items()}
 
 
-def _with_values(config: Config, chosen: Mapping[str, Any]) -> Config:
-    values = config.model_dump(mode="json", exclude={"search"})
+def with_values(config: Config, chosen: Mapping[str, Any]) -> Config:
+    """The config with values at dotted keys, without what tries values. Raises ConfigError."""
+    values = config.model_dump(mode="json", exclude={"search", "compare"})
     for name in sorted(chosen, key=lambda name: name.count(".")):  # a whole section before the keys in it
         put(values, name, chosen[name], name)
     made = parse_config(values | {"baselines": []})
@@ -110,7 +111,7 @@ def _problems(config: Config, name: str, distribution: AnyDistribution) -> list[
     found: dict[str, None] = {}
     for value in _samples(distribution):
         try:
-            _with_values(config, {name: value})
+            with_values(config, {name: value})
         except ConfigError as error:
             found |= dict.fromkeys(f"search.space.{problem}" for problem in error.problems)
     return list(found)
@@ -168,7 +169,7 @@ def read_before_training(name: str) -> bool:
     if section == "method":
         return not rest or rest[0] in ("type", "align", "threshold", "protect")
     if section == "student":
-        return not rest or rest[0] in ("model", "max_length")
+        return not rest or rest[0] in ("model", "max_length", "seed")
     return section != "teachers" or rest[-1:] != ["weight"]
 
 

@@ -1,4 +1,4 @@
-"""Rows of JSONL, Parquet and Hugging Face datasets, as (where, row) pairs in a fixed order (layer 1).
+"""Rows of JSONL, Parquet and Hugging Face datasets, as (where, row) pairs in a fixed order (layer 2).
 
 `where` is what an error names: file and line, file and row. Every reader checks that the columns are there.
 """
@@ -9,6 +9,7 @@ import difflib
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 
 import fsspec
 import pyarrow.parquet as pq
+
+from cdm.config_corpus import Dataset, JsonlFiles, ParquetFiles
 
 Row = dict[str, Any]
 _JSONL = (".jsonl", ".jsonl.gz")
@@ -74,6 +77,16 @@ def huggingface_rows(
         for values in table.to_pylist():
             row += 1
             yield f"{name} ({split}): row {row}", values
+
+
+def rows_of(source: JsonlFiles | ParquetFiles | Dataset, columns: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """The rows that a section of the config names. Raises ValueError as its reader does."""
+    if isinstance(source, JsonlFiles):
+        return jsonl_rows(source.path, columns)
+    if isinstance(source, ParquetFiles):
+        return parquet_rows(source.path, columns)
+    name = os.path.expanduser(source.name)
+    return huggingface_rows(name, columns, subset=source.subset, split=source.split, revision=source.revision)
 
 
 def file_checksums(path: str) -> list[list[str]]:

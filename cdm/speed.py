@@ -1,11 +1,13 @@
-"""How fast a step is: where its time goes, and how many operations it takes of what the device could do (layer 1)."""
+"""How fast a step is: where its time goes, its operations of what the device could do, its memory (layer 1)."""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,3 +104,29 @@ def _peak(device: torch.device, precision: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """What `cost_of` says of memory is from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak becomes what is resident now
+
+
+def cost_of(step_seconds: Sequence[float], device: torch.device) -> dict[str, float]:
+    """What a run took of this process: the median `step_seconds`, and the most memory since `reset_peak_memory`.
+
+    `peak_memory_gib`: of the device; on a CPU what was resident, the libraries included. No steps, no median: a run
+    that ended before it was started again.
+    """
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        status = Path("/proc/self/status").read_text()
+        peak = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    median = {"step_seconds": statistics.median(step_seconds)} if step_seconds else {}
+    return median | {"peak_memory_gib": peak / 2**30}

@@ -33,7 +33,7 @@ from cdm.models import load_model
 from cdm.pieces import Piece
 from cdm.records import AlignedBatch, LossOutput, TeacherRows
 from cdm.rows import StudentRows
-from cdm.speed import LAPS, Costs, Laps, time_shares
+from cdm.speed import LAPS, Costs, Laps, cost_of, reset_peak_memory, time_shares
 from cdm.step import Counts, Objective, Outcome, StudentModel, Term, global_sums, shard, step, to_device
 from cdm.validation import Validation, has_ended, judged
 from cdm.vocab_map import VocabMap
@@ -48,7 +48,8 @@ class TrainingJob:
 
     maps: one file of `VocabMap.save` a teacher, None where the teacher has the student's own tokenizer.
     targets: `response` distils and teaches the response alone; `all` teaches every token (pretraining).
-    lora, freeze_embeddings: what of the weights is trained (`cdm.adapters`).
+    lora, freeze_embeddings: what of the weights is trained (`cdm.adapters`). documents: the training split's first so
+    many are read, None: all.
     """
 
     model: str
@@ -65,6 +66,7 @@ class TrainingJob:
     targets: Literal["response", "all"] = "response"
     lora: Lora | None = None
     freeze_embeddings: bool = False
+    documents: int | None = None
 
 
 def identity_of(job: TrainingJob) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def objective_of(job: TrainingJob) -> Objective:
     """The method's terms, one a teacher; a teacher with the student's own tokenizer is a plain top-k KL."""
     if isinstance(job.method, Sft):
         return Objective(1.0, (), ())
-    options = job.method.model_dump(exclude={"type", "alpha", "align", "threshold", "protect"})
+    options = job.method.model_dump(exclude={"type", "alpha", "align", "threshold", "protect", "unmatched"})
     terms = [_term(job.method.type, path, options) for path in job.maps]
     return Objective(job.method.alpha, tuple(terms), job.weights)
 
@@ -130,6 +132,7 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
     """
     settings = job.optimisation
     run = _start(job)
+    reset_peak_memory(run.device)
     validation = Validation(
         job.aligned, job.shards, job.maps, objective=run.objective, documents=settings.validation_documents,
         micro_batch_tokens=settings.micro_batch_tokens, collated=_collated(job, "response"),
@@ -156,7 +159,7 @@ def train(job: TrainingJob, checkpoints: Checkpoints, on_metrics: Callable[[int,
         if early:
             break
     checkpoints.wait()
-    _export(job, checkpoints, run.model, validation, progress)
+    _export(run, checkpoints, validation, progress)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class _Run:
     data: AlignedData
     costs: Costs
     laps: Laps
+    step_seconds: list[float]
 
 
 def _start(job: TrainingJob) -> _Run:
@@ -192,8 +196,8 @@ def _start(job: TrainingJob) -> _Run:
     )  # fmt: skip
     objective = objective_of(job)
     # A run without KD terms reads the same documents in the same order, and none of the scores.
-    data = AlignedData.open(job.aligned, job.shards if objective.terms else (), "train")
-    return _Run(job, device, model, optimizer, objective, data, costs, Laps(device))
+    data = AlignedData.open(job.aligned, job.shards if objective.terms else (), "train", job.documents)
+    return _Run(job, device, model, optimizer, objective, data, costs, Laps(device), [])
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,7 @@ def _update(run: _Run, work: Work, progress: Progress) -> tuple[Progress, Metric
     )
     metrics, speed = _reduced(done, batches, laps, run.device)
     took = time.perf_counter() - began
+    run.step_seconds.append(took)
     in_doubt = (*progress.in_doubt, _offenders(work, done)) if done.skipped else ()
     if done.skipped:
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -251,14 +256,12 @@ def _reduced(
     return totals, speed
 
 
-def _export(
-    job: TrainingJob, checkpoints: Checkpoints, model: StudentModel, validation: Validation, progress: Progress
-) -> None:
+def _export(run: _Run, checkpoints: Checkpoints, validation: Validation, progress: Progress) -> None:
     """The last step's weights, or those of the best validation. Collective.
 
     Raises ValueError where there should be a best and no validation was finite.
     """
-    exported = progress.step
+    job, model, exported = run.job, run.model, progress.step
     if job.optimisation.best is not None:
         exported = progress.best_step
         if not exported:
@@ -269,6 +272,7 @@ def _export(
         "steps": progress.step,
         "step": exported,
         "seconds": progress.seconds,
+        **cost_of(run.step_seconds, run.device),
         "from": job.model,
         "scores": list(job.shards),
         "aligned": job.aligned,

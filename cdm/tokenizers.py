@@ -64,6 +64,13 @@ class Tokenizer:
         """`token_bytes` of every id, in order. Length `vocab_size`."""
         return list(self._bytes)
 
+    @cached_property
+    def byte_pieces(self) -> frozenset[int]:
+        """The ids of byte fallback, <0x00> to <0xFF>: emitted only for what no other token spells."""
+        if not _has_byte_fallback(self._spec):
+            return frozenset()
+        return frozenset(i for token, i in self._backend.get_vocab().items() if _is_byte_token(token))
+
     def texts(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The tokens as strings (UTF-8 with `surrogateescape`); special tokens are empty."""
         pieces = map(self.token_bytes, np.asarray(ids, dtype=np.int64).tolist())
@@ -266,7 +273,7 @@ def _all_token_bytes(spec: dict[str, Any], backend: Backend) -> list[bytes | Non
     vocab = backend.get_vocab(with_added_tokens=True)
     added = {token["id"]: token for token in spec["added_tokens"]}
     byte_level = any(part["type"] == "ByteLevel" for key in ("decoder", "pre_tokenizer") for part in _parts(spec[key]))
-    fallback = any(part["type"] == "ByteFallback" for part in _parts(spec["decoder"]))
+    fallback = _has_byte_fallback(spec)
     unknown = _unknown_id(spec, vocab)
     alphabet = _byte_alphabet()
     out: list[bytes | None] = [None] * (max(vocab.values(), default=-1) + 1)
@@ -291,6 +298,10 @@ def _unknown_id(spec: dict[str, Any], vocab: dict[str, int]) -> int | None:
 
 def _literal(token: str, space_mark: bool) -> bytes:
     return (token.replace(SPACE_MARK, " ") if space_mark else token).encode("utf-8")
+
+
+def _has_byte_fallback(spec: dict[str, Any]) -> bool:
+    return any(part["type"] == "ByteFallback" for part in _parts(spec["decoder"]))
 
 
 def _is_byte_token(token: str) -> bool:

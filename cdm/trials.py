@@ -76,7 +76,7 @@ def write_results(config: Config, trials: Sequence[Trial], best: Trial, folder: 
         parts.write_bytes(folder, name, file.getvalue())
     shares = importance(section, finished_values(trials))
     parts.write_bytes(folder, IMPORTANCE, json.dumps(shares, indent=1).encode())
-    values = trial_config(config, best.parameters).model_dump(mode="json", exclude={"search"})
+    values = trial_config(config, best.parameters).model_dump(mode="json", exclude={"search", "compare"})
     head = f"# The best of {len(trials)} trials: {section.metric} {best.value:.6g} (trial {best.id})\n"
     parts.write_bytes(folder, BEST, (head + yaml.safe_dump(values, sort_keys=False)).encode())
 

@@ -15,31 +15,20 @@ import zipfile
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Protocol, overload
+from typing import Literal, overload
 
 import numpy as np
 import torch
 from numba import njit
 
+from cdm.images import Twins, Vocabulary, exact_map, prefix_map
 from cdm.neighbours import NeighbourGraph, near_graph
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+IMAGES = ("exact", "inverse", "static", "static_back")
 
 
-class Vocabulary(Protocol):
-    """What a map reads of a `cdm.tokenizers.Tokenizer`, which lies a layer above."""
-
-    name: str
-    vocab_size: int
-
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def special_roles(self) -> dict[str, int]: ...
-    def all_token_bytes(self) -> list[bytes | None]: ...
-
-
-ROLES = ("end_of_turn", "eos", "bos", "pad")
+Unmatched = Literal["spelling", "prefix"]
 PAIRS_PER_CHUNK = 1 << 22
 
 
@@ -48,10 +37,14 @@ class VocabMap:
     """Teacher ids to student ids. `.exact` [V_t] int32 and its `inverse` [V_s]; `graph` V_t -> V_s, `back` V_s -> V_t.
 
     `live_only`: an exact image counts only where it is among the ids given (the student -> teacher direction).
+    `static` [V_t], `static_back` [V_s] int32: where an id goes whatever is live, else -1. That is its exact image; with
+    `unmatched="prefix"`, where the graph is empty, else the token that it begins with.
     """
 
     exact: np.ndarray
     inverse: np.ndarray
+    static: np.ndarray
+    static_back: np.ndarray
     graph: NeighbourGraph
     back: NeighbourGraph
     name_s: str
@@ -69,6 +62,8 @@ class VocabMap:
             self,
             exact=self.inverse,
             inverse=self.exact,
+            static=self.static_back,
+            static_back=self.static,
             graph=self.back,
             back=self.graph,
             name_s=self.name_t,
@@ -92,7 +87,7 @@ class VocabMap:
     def dynamic(self, top_t, top_s):  # type: ignore[no-untyped-def]
         """The student id of each of the teacher's top ids, -1 where there is none. [G, K], [G, K'] -> [G, K].
 
-        Both are best first. The exact image, else the live student id without an exact twin that is spelled nearest,
+        Both are best first. The static image, else the live student id without an exact twin that is spelled nearest,
         below the threshold; the better-ranked one on ties. Ids beyond a vocabulary (padded embedding rows) and
         negative ids are unmapped. int64, of the inputs' kind and device; an accelerator is never waited for.
         """
@@ -124,8 +119,7 @@ class VocabMap:
         np.savez_compressed(
             buffer,
             meta=np.frombuffer(json.dumps(meta, sort_keys=True).encode(), dtype=np.uint8),
-            exact=self.exact,
-            inverse=self.inverse,
+            **{name: getattr(self, name) for name in IMAGES},
             starts=self.graph.starts,
             ids=self.graph.ids,
             distances=self.graph.distances,
@@ -140,13 +134,15 @@ class VocabMap:
                 meta = json.loads(data["meta"].tobytes())
                 if meta["version"] != FORMAT_VERSION:
                     raise ValueError(f"{path}: map version {meta['version']}, not {FORMAT_VERSION}: delete the file")
-                exact, inverse = data["exact"], data["inverse"]
+                exact, inverse, static, static_back = (data[name] for name in IMAGES)
                 graph = NeighbourGraph(data["starts"], data["ids"], data["distances"])
         except (zipfile.BadZipFile, KeyError, EOFError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a readable vocabulary map ({error}); delete it to build it again") from error
         return VocabMap(
             exact,
             inverse,
+            static,
+            static_back,
             graph,
             graph.transposed(len(inverse)),
             meta["names"][0],
@@ -160,29 +156,45 @@ class VocabMap:
 
     def _joined(self, top_t: np.ndarray, top_s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         top_t, top_s = np.ascontiguousarray(top_t, dtype=np.int64), np.ascontiguousarray(top_s, dtype=np.int64)
-        return _join(top_t, top_s, self.exact, self.inverse, self.graph.starts, self.graph.ids, self.graph.distances)
+        images = self.static, self.static_back
+        return _join(top_t, top_s, *images, self.graph.starts, self.graph.ids, self.graph.distances)
 
 
 def build_vocab_map(
-    tokenizer_s: Vocabulary, tokenizer_t: Vocabulary, threshold: float = 0.3, protect: bool = True
+    tokenizer_s: Vocabulary,
+    tokenizer_t: Vocabulary,
+    threshold: float = 0.3,
+    protect: bool = True,
+    *,
+    twins: Twins = "lowest",
+    unmatched: Unmatched = "spelling",
 ) -> VocabMap:
     """The exact map and the graph of all pairs without an exact twin whose spelling distance is below `threshold`.
 
     distance = Levenshtein / (sum of lengths) over the token texts without spaces; with `protect`, only between texts
     that have a letter and the same digits in the same order. Source: CDM, arXiv 2502.11104, plus `protect`.
+    twins: see `exact_map`. unmatched: "prefix" maps an id without an exact twin to the longest token that its bytes
+    begin with, in place of near spellings; `threshold` and `protect` then play no part.
 
     Raises ValueError where `threshold` is not in [0, 1].
     """
     if not 0.0 <= threshold <= 1.0:
         raise ValueError(f"mapping threshold {threshold} must be in [0, 1]")
-    exact = exact_map(tokenizer_s, tokenizer_t)
-    inverse = exact_map(tokenizer_t, tokenizer_s)
+    exact = exact_map(tokenizer_s, tokenizer_t, twins)
+    inverse = exact_map(tokenizer_t, tokenizer_s, twins)
+    static, static_back = exact, inverse
+    if unmatched == "prefix":
+        threshold = 0.0  # no spelling is nearer than that
+        static = np.where(exact >= 0, exact, prefix_map(tokenizer_s, tokenizer_t, twins))
+        static_back = np.where(inverse >= 0, inverse, prefix_map(tokenizer_t, tokenizer_s, twins))
     pieces_t, pieces_s = tokenizer_t.all_token_bytes(), tokenizer_s.all_token_bytes()
     graph = near_graph(pieces_t, pieces_s, exact, inverse, threshold, protect)
     back = graph.transposed(tokenizer_s.vocab_size)
     return VocabMap(
         exact,
         inverse,
+        static,
+        static_back,
         graph,
         back,
         tokenizer_s.name,
@@ -195,45 +207,39 @@ def build_vocab_map(
 
 
 def cached_vocab_map(
-    tokenizer_s: Vocabulary, tokenizer_t: Vocabulary, threshold: float, protect: bool, folder: str | Path
+    tokenizer_s: Vocabulary,
+    tokenizer_t: Vocabulary,
+    threshold: float,
+    protect: bool,
+    folder: str | Path,
+    unmatched: Unmatched = "spelling",
 ) -> VocabMap:
     """`build_vocab_map`, kept in `folder` as the file that `vocab_map_file` names."""
-    path = vocab_map_file(tokenizer_s, tokenizer_t, threshold, protect, folder)
+    path = vocab_map_file(tokenizer_s, tokenizer_t, threshold, protect, folder, unmatched)
     return replace(VocabMap.load(path), name_s=tokenizer_s.name, name_t=tokenizer_t.name)
 
 
 def vocab_map_file(
-    tokenizer_s: Vocabulary, tokenizer_t: Vocabulary, threshold: float, protect: bool, folder: str | Path
+    tokenizer_s: Vocabulary,
+    tokenizer_t: Vocabulary,
+    threshold: float,
+    protect: bool,
+    folder: str | Path,
+    unmatched: Unmatched = "spelling",
 ) -> Path:
     """The file of a map in `folder`, built if need be; named by both fingerprints, the options and the format version.
 
+    Its twins are those that the tokenizers emit.
+
     Safe when several processes ask at once: each may build, the rename is atomic and all write the same bytes.
     """
-    asked = [tokenizer_s.fingerprint, tokenizer_t.fingerprint, float(threshold), bool(protect), FORMAT_VERSION]
+    options = [float(threshold), bool(protect), unmatched]
+    asked = [tokenizer_s.fingerprint, tokenizer_t.fingerprint, *options, FORMAT_VERSION]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
     path = Path(folder) / f"vocab-map-{key}.npz"
     if not path.exists():
-        build_vocab_map(tokenizer_s, tokenizer_t, threshold, protect).save(path)
+        build_vocab_map(tokenizer_s, tokenizer_t, threshold, protect, twins="emitted", unmatched=unmatched).save(path)
     return path
-
-
-def exact_map(tokenizer_s: Vocabulary, tokenizer_t: Vocabulary) -> np.ndarray:
-    """The student id with the same bytes for each teacher id (the lowest of several), else -1. int32 [V_t].
-
-    Special tokens map by role.
-    """
-    first: dict[bytes, int] = {}
-    for token_id, piece in enumerate(tokenizer_s.all_token_bytes()):
-        if piece is not None:
-            first.setdefault(piece, token_id)
-    pieces = tokenizer_t.all_token_bytes()
-    exact = np.array([-1 if piece is None else first.get(piece, -1) for piece in pieces], dtype=np.int32)
-    for role in reversed(ROLES):  # the first role of a token that has several decides
-        if role in tokenizer_s.special_roles and role in tokenizer_t.special_roles:
-            token_t = tokenizer_t.special_roles[role]
-            if pieces[token_t] is None:
-                exact[token_t] = tokenizer_s.special_roles[role]
-    return exact
 
 
 def dynamic_on_device(vocab_map: VocabMap, top_t: torch.Tensor, top_s: torch.Tensor) -> torch.Tensor:
@@ -246,9 +252,9 @@ def both_on_device(vocab_map: VocabMap, top_t: torch.Tensor, top_s: torch.Tensor
     if vocab_map.live_only:
         t_to_s, s_to_t = both_on_device(vocab_map.reverse, top_s, top_t)
         return s_to_t, t_to_s
-    exact, inverse, keys, distances = _on_device(vocab_map, top_t.device)
-    size_t, size_s = len(exact), len(inverse)
-    image_t, image_s = _images(exact, top_t), _images(inverse, top_s)
+    _, _, static, static_back, keys, distances = _on_device(vocab_map, top_t.device)
+    size_t, size_s = len(static), len(static_back)
+    image_t, image_s = _images(static, top_t), _images(static_back, top_s)
     if top_t.numel() == 0 or top_s.numel() == 0:
         return image_t, torch.full_like(image_s, -1)
     out_t, out_s = [], []
@@ -280,14 +286,17 @@ def _images(images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _on_device(vocab_map: VocabMap, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The map as tensors: exact [V_t], inverse [V_s], sorted edge keys a * V_s + b [E], distances [E]. Never empty."""
+    """The map as tensors: exact [V_t], inverse [V_s], static [V_t] and of the reverse [V_s]; sorted edge keys
+    a * V_s + b [E] and distances [E], never empty.
+    """
     graph = vocab_map.graph
     rows = np.repeat(np.arange(len(graph.starts) - 1, dtype=np.int64), np.diff(graph.starts))
     keys = rows * len(vocab_map.inverse) + graph.ids
     distances = graph.distances
     if len(keys) == 0:
         keys, distances = np.array([np.iinfo(np.int64).max]), np.array([np.inf], dtype=np.float32)
-    arrays = (vocab_map.exact.astype(np.int64), vocab_map.inverse.astype(np.int64), keys, distances)
+    images = (vocab_map.exact, vocab_map.inverse, vocab_map.static, vocab_map.static_back)
+    arrays = (*(image.astype(np.int64) for image in images), keys, distances)
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
@@ -295,15 +304,15 @@ def _on_device(vocab_map: VocabMap, device: torch.device) -> tuple[torch.Tensor,
 def _join(
     top_t: np.ndarray,
     top_s: np.ndarray,
-    exact: np.ndarray,
-    inverse: np.ndarray,
+    images_t: np.ndarray,
+    images_s: np.ndarray,
     starts: np.ndarray,
     ids: np.ndarray,
     distances: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Both directions: each edge between live ids is met once, and is a candidate at either end."""
     t_to_s, s_to_t = np.full(top_t.shape, -1, np.int64), np.full(top_s.shape, -1, np.int64)
-    rank_t, rank_s = np.zeros(len(exact), np.int32), np.zeros(len(inverse), np.int32)
+    rank_t, rank_s = np.zeros(len(images_t), np.int32), np.zeros(len(images_s), np.int32)
     nearest_s = np.empty(top_s.shape[1], np.float32)
     for g in range(len(top_t)):
         _rank(top_t[g], rank_t)
@@ -311,7 +320,7 @@ def _join(
         nearest_s[:] = np.inf
         for k in range(top_t.shape[1]):
             a = top_t[g, k]
-            if a < 0 or a >= len(exact):
+            if a < 0 or a >= len(images_t):
                 continue
             nearest, first = np.float32(np.inf), 0
             for e in range(starts[a], starts[a + 1]):
@@ -322,16 +331,16 @@ def _join(
                     nearest, first = distances[e], rank
                 if distances[e] < nearest_s[rank - 1]:  # on ties the earlier k, which ranks better
                     nearest_s[rank - 1], s_to_t[g, rank - 1] = distances[e], a
-            if exact[a] >= 0:
-                t_to_s[g, k] = exact[a]
+            if images_t[a] >= 0:
+                t_to_s[g, k] = images_t[a]
             elif first > 0:
                 t_to_s[g, k] = top_s[g, first - 1]
         for k in range(top_s.shape[1]):
             b = top_s[g, k]
-            if b < 0 or b >= len(inverse):
+            if b < 0 or b >= len(images_s):
                 continue
-            if inverse[b] >= 0:
-                s_to_t[g, k] = inverse[b] if rank_t[inverse[b]] > 0 else -1
+            if images_s[b] >= 0:
+                s_to_t[g, k] = images_s[b] if rank_t[images_s[b]] > 0 else -1
             else:  # an id that is named twice goes by its first place
                 s_to_t[g, k] = s_to_t[g, rank_s[b] - 1]
         _unrank(top_t[g], rank_t)

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import cdm
 import ray_jobs
@@ -53,6 +55,17 @@ def use_cpus(cpus: float) -> None:
     torch.set_num_threads(max(1, int(cpus)))
 
 
+def beside_me() -> dict[str, Any]:
+    """Options of an actor without CPUs on this process's own node: whatever other node is lost, it stays."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
+
+
+def my_address() -> str:
+    """Of the node that this worker is on, as runs record it."""
+    return str(ray.util.get_node_ip_address())
+
+
 def check_resources(needed: Mapping[str, float], section: str, who: str) -> None:
     """Raise ValueError where an embedded Ray can never give what `who` need at once: Ray itself would wait for ever.
 
@@ -73,6 +86,14 @@ def check_pool(pool: TeacherPool | StudentPool, count: int, section: str, who: s
     """`check_resources` for `count` actors of a pool."""
     one = {"CPU": pool.cpus, "GPU": pool.gpus, **pool.custom}
     check_resources({name: amount * count for name, amount in one.items()}, section, who)
+
+
+def root_cause(error: BaseException) -> str:
+    """The last line that says what went wrong, through Ray's wrappers."""
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _start_embedded() -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import ray
 
 from cdm.config import StudentPool, TeacherPool
+from cdm.config_models import AnyEngine, TransformersEngine
 from cdm.evaluation import completions, evaluate_student, evaluate_teacher, held_out, sample_prompts
 from cdm.mappings import mappings_that_fired
 from cdm.records import EvalReport
@@ -45,23 +46,32 @@ def evaluate(
     teacher: str,
     students: Mapping[str, tuple[str, str | None]],
     pool: StudentPool,
-    teacher_pool: TeacherPool,
     on_progress: Callable[[int], None],
+    teacher_pool: TeacherPool | None = None,
 ) -> list[EvalReport]:
-    """The teacher's report and one a student (folder or hub name, revision), in the order given."""
+    """The teacher's report and one a student (folder or hub name, revision), in the order given.
+
+    teacher_pool: where the teacher completes the prompts too.
+    """
     task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.custom or None)(_evaluate_one)
     pending = [task.remote(job, name, *model, pool.cpus) for name, model in students.items()]
     samples: tuple[dict[str, str], ...] = ()
-    if job.samples and job.teacher_dtype is not None:
-        large = teacher_pool
-        task_t = ray.remote(num_cpus=large.cpus, num_gpus=large.gpus, resources=large.custom or None)(_complete_teacher)
-        samples = ray.get(task_t.remote(job, large.cpus))
+    if job.samples and job.teacher_dtype is not None and teacher_pool is not None:
+        cpus, gpus, custom = teacher_pool.cpus, teacher_pool.gpus, teacher_pool.custom or None
+        completing = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=custom)(_complete_teacher)
+        samples = ray.get(completing.remote(job, cpus))
     report = evaluate_teacher(teacher, held_out(job.aligned, job.shards, job.documents))
     reports = [replace(report, samples=samples)]
     for done, one in enumerate(pending):
         reports.append(ray.get(one))
         on_progress(done + 2)
     return reports
+
+
+def completing_dtype(engine: AnyEngine) -> str | None:
+    """Of a teacher that completes prompts without its engine, whose start a few completions do not pay."""
+    alone = isinstance(engine, TransformersEngine) or engine.tensor_parallel_size == 1
+    return engine.dtype if alone else None
 
 
 def _complete_teacher(job: EvaluationJob, cpus: float) -> tuple[dict[str, str], ...]:

@@ -7,31 +7,46 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
+from cdm import sandbox
 from cdm.checks import check_problems
+from cdm.comparison import (
+    MARKDOWN,
+    compare_section,
+    print_comparison,
+    summaries,
+    table_columns,
+    write_comparison,
+)
 from cdm.config import Config, ConfigError, load_config, storage_path
 from cdm.config_models import Pretrain, Student, Teacher
 from cdm.config_search import Search
+from cdm.config_tasks import Code
 from cdm.evaluation import held_out, sample_prompts
 from cdm.figures import (
     best_so_far_figure,
     bits_figure,
+    comparison_figure,
     coverage_figure,
     has_coverage,
     importance_figure,
     loss_figure,
     parallel_figure,
+    svg,
 )
+from cdm.harness import harness_problems
 from cdm.journal import ARTIFACTS, Journal, closing
 from cdm.models import check_pair, context_problems
-from cdm.overview import Reviewed, pipeline_page, search_page
+from cdm.overview import Reviewed, compare_page, pipeline_page, search_page
+from cdm.page import Section
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
 from cdm.report import (
@@ -44,12 +59,26 @@ from cdm.report import (
     results_figure,
     samples_table,
 )
+from cdm.score_view import score_sections
+from cdm.scores import (
+    HELD_OUT,
+    Scored,
+    category_columns,
+    comparison_columns,
+    comparisons,
+    held_out_scores,
+    score_columns,
+    score_report,
+)
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
 from cdm.trials import BEST, Trial, best_trial, print_trials, ranked, read_importance
-from ray_jobs.cluster import IN_JOB, check_pool, connect
+from ray_jobs.cluster import IN_JOB, check_pool, connect, root_cause
+from ray_jobs.compare import compare, compare_problems, open_comparison
+from ray_jobs.runs import short, what_is_asked
 from ray_jobs.search import open_search, search, search_problems
 from ray_jobs.stages import Pipeline, write_text
+from ray_jobs.tasks import GivenStudent, scores_of_harness, scores_of_tasks
 
 
 def show(pipeline: Pipeline) -> None:
@@ -57,6 +86,7 @@ def show(pipeline: Pipeline) -> None:
     reports, run = pipeline.reports, pipeline.run
     columns = results(reports, pipeline.students)
     print_results(columns, console)
+    scored, compared = show_scores(pipeline)
     print_samples(reports[-1], console)
     run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.table("results", columns)
@@ -64,13 +94,14 @@ def show(pipeline: Pipeline) -> None:
     if reports[-1].mappings:
         run.table("mappings", mappings_table(reports[-1]))
     run.figure("results.png", results_figure(columns))
-    show_runs(pipeline, columns)
+    show_runs(pipeline, columns, score_sections(scored, compared))
     for report in reports:
         name = plain(report.name)
         run.metrics(0, {f"bits_per_byte.{name}": report.bits_per_byte, f"agreement.{name}": report.agreement or 0.0})
     student = pipeline.students[reports[-1].name]
-    run.folder("student", student)
-    run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
+    if not isinstance(pipeline, GivenStudent):
+        run.folder("student", student)
+        run.model(pipeline.config.name, student, reports[-1].bits_per_byte)
     console.print(f"student: {student}", soft_wrap=True)
     console.print("runs:    `make ui` or `cdm ui CONFIG` opens MLflow on this machine")
 
@@ -80,7 +111,33 @@ def plain(name: str) -> str:
     return re.sub(r"[^\w./-]+", "_", name)
 
 
-def show_runs(pipeline: Pipeline, columns: Columns) -> None:
+def show_scores(pipeline: Pipeline) -> tuple[list[Scored], list[dict[str, Any]]]:
+    """What every model scored, and the last one against the others: printed, logged, and JSON beside the report."""
+    run = pipeline.run
+    of_tasks, texts = scores_of_tasks(pipeline)
+    scored = held_out_scores(pipeline.reports) + of_tasks + scores_of_harness(pipeline)
+    compared = comparisons(scored, texts)
+    columns = score_columns(scored)
+    if columns["model"]:
+        print_results(columns, console, "Tasks")
+    tables = {"tasks": columns, "categories": category_columns(scored), "differences": comparison_columns(compared)}
+    for name, table in tables.items():
+        if table["model"]:
+            run.table(name, table)
+    text = score_report(scored, compared)
+    run.text("scores.json", text)
+    file = pipeline.folder(
+        "reports", f"scores-{short(what_is_asked(pipeline.config), list(pipeline.students.values()))}.json"
+    )
+    write_text(Path(file), text)
+    for one in scored:
+        if one.task != HELD_OUT:
+            run.metrics(0, {plain(f"{one.task}.{one.metric}.{one.model}"): one.interval.value})
+    console.print(f"scores:  {file}", soft_wrap=True)
+    return scored, compared
+
+
+def show_runs(pipeline: Pipeline, columns: Columns, scores: Sequence[Section]) -> None:
     """Curves and coverage as figures of the run, and the page with all that there is to see."""
     config, run, runs = pipeline.config, pipeline.run, pipeline.runs
     aligned = pipeline.align(pipeline.corpus, pipeline.student, pipeline.shards, config.student.max_length)
@@ -92,7 +149,7 @@ def show_runs(pipeline: Pipeline, columns: Columns) -> None:
     for name, series in runs.items():
         if has_coverage(series):
             run.figure(f"coverage-{plain(name)}.png", coverage_figure(series))
-    seen = Reviewed(config, code_version(), columns, pipeline.reports, runs, rows, texts)
+    seen = Reviewed(config, code_version(), columns, pipeline.reports, runs, rows, texts, scores)
     run.text("overview.html", pipeline_page(seen))
     console.print(f"page:    {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
 
@@ -107,6 +164,19 @@ def run_stages(config: Config, until: str) -> int:
     if until == "generate" and config.generation is None:
         problems.append("generation: missing; without this section every response is given")
     return _exit_code(config, problems, lambda: _run_until(config, until))
+
+
+def run_evaluation(config: Config, folder: str) -> int:
+    """Evaluates the model in a folder as the config says, as its student; nothing is trained. Exit codes as above."""
+    given = GivenStudent.config_for(config, folder)
+    return _exit_code(given, preflight(given), lambda: _evaluate(given))
+
+
+def _evaluate(config: Config) -> None:
+    check_pools(config)
+    pipeline = GivenStudent(config)
+    with pipeline.experiment, closing(pipeline.run):
+        show(pipeline)
 
 
 def run_search(config: Config, retrain: int | None = None) -> int:
@@ -142,6 +212,32 @@ def _search(config: Config, retrain: int | None) -> None:
         console.print(f"page:        {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
 
 
+def run_compare(config: Config) -> int:
+    """Trains and evaluates all variants of the config's `compare` section. Exit codes as above."""
+    return _exit_code(config, compare_problems(config) + preflight(config), lambda: _compare(config))
+
+
+def _compare(config: Config) -> None:
+    check_pools(config)
+    experiment, run, folder = open_comparison(config)
+    with experiment, closing(run):
+        teacher, results = compare(config, run)
+        section = compare_section(config)
+        found = summaries(section, teacher, results)
+        columns = table_columns(found, section)
+        drawn = comparison_figure(found, section)
+        print_comparison(columns, teacher, console)
+        run.table("comparison", columns)
+        run.figure("comparison.png", drawn)
+        run.text("overview.html", compare_page(config, section, columns, teacher, drawn))
+        for one in found:
+            means = {"bits_per_byte": one.bits_per_byte, "gap_closed": one.gap, "agreement": one.agreement}
+            run.metrics(0, {f"{name}.{one.variant}": value.mean for name, value in means.items() if value is not None})
+        write_comparison(folder, teacher, results, found, columns, svg(drawn))
+        console.print(f"comparison: {folder}/{MARKDOWN}", soft_wrap=True)
+        console.print(f"page:       {run.ref.folder}/{ARTIFACTS}/overview.html", soft_wrap=True)
+
+
 def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict[str, float]) -> None:
     """The figures of a search, as artefacts of its run."""
     shown = ranked(trials, section)[:10]
@@ -167,11 +263,20 @@ def _exit_code(config: Config, problems: list[str], run: Callable[[], None]) -> 
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError, RayError, TrainingFailedError, MlflowException) as error:
-        log = storage_path(config, "error.log")
-        write_text(Path(log), traceback.format_exc())
-        print(f"error: {root_cause(error)}\n(traceback: {log}; the same command goes on from here)", file=sys.stderr)
+        saved = _save_traceback(config)
+        print(f"error: {root_cause(error)}\n({saved}; the same command goes on from here)", file=sys.stderr)
         return 1
     return 0
+
+
+def _save_traceback(config: Config) -> str:
+    """Where the traceback of the error in hand is, or why it is nowhere."""
+    log = storage_path(config, "error.log")
+    try:
+        write_text(Path(log), traceback.format_exc())
+    except OSError as error:  # the folder may be what is full
+        return f"no traceback: {error}"
+    return f"traceback: {log}"
 
 
 STAGES: dict[str, Callable[[Pipeline], object]] = {
@@ -201,22 +306,22 @@ def preflight(config: Config) -> list[str]:
     for section in sections:
         if not isinstance(section.model, Pretrain):
             found += context_problems(section.model.name, section.model.revision, section.max_length)
+    if config.evaluation.tasks:
+        for answering in (config.teachers[0], config.student):
+            if not isinstance(answering.model, Pretrain):
+                found += context_problems(answering.model.name, answering.model.revision, config.answer_length)
     student, pool = config.student, config.resources.student
     if not found and pool.gpus and not isinstance(student.model, Pretrain):
         found += memory_problems(student.model.name, student.model.revision, student, pool.workers, device_bytes())
     if config.generation is not None and config.generation.check is not None:
         found += check_problems(config.generation.check.model_dump())
+    if any(isinstance(task, Code) for task in config.evaluation.tasks):
+        found += filter(None, [sandbox.problem()])
+    if config.evaluation.harness:
+        found += harness_problems()
     if IN_JOB in os.environ and not os.path.isabs(os.path.expanduser(config.storage)):
         found.append(f"storage: {config.storage} would be lost with the job's working directory; give a full path")
     return list(dict.fromkeys(found))
-
-
-def root_cause(error: BaseException) -> str:
-    """The last line that says what went wrong, through Ray's wrappers."""
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
 
 
 def main(until: str) -> None:
@@ -231,7 +336,9 @@ def main(until: str) -> None:
         config = load_config(arguments.config, arguments.overrides)
     except ConfigError as error:
         parser.exit(2, "".join(f"error: {problem}\n" for problem in error.problems))
-    sys.exit(run_search(config, arguments.retrain) if until == "search" else run_stages(config, until))
+    if until == "search":
+        sys.exit(run_search(config, arguments.retrain))
+    sys.exit(run_compare(config) if until == "compare" else run_stages(config, until))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from ray.data import ActorPoolStrategy
 from cdm import parts
 from cdm.config import TeacherPool
 from cdm.parts import Part
-from ray_jobs.cluster import check_resources
+from ray_jobs.cluster import beside_me, check_resources
 
 OnProgress = Callable[[int, str], None]
 ATTEMPTS = 4  # at one part, by actors that died
@@ -79,7 +79,7 @@ def make_parts(
     resources = {name: amount for name, amount in pool.custom.items() if amount}
     check_resources({"CPU": pool.cpus, "GPU": pool.gpus, **resources}, "resources.teacher", "an engine's workers")
     actors = min(pool.actors, len(missing))
-    attempts = Attempts.remote()  # type: ignore[attr-defined]
+    attempts = Attempts.options(**beside_me()).remote()  # type: ignore[attr-defined]
     items = [{"name": p.name, "rows": p.rows, "bytes": p.bytes, "sha256": p.sha256} for p in missing]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         worker,
@@ -103,7 +103,7 @@ def make_parts(
         yield row
 
 
-@ray.remote(num_cpus=0)
+@ray.remote
 class Attempts:
     """How often each part was begun. Ray Data itself retries a part whose actor died without end."""
 

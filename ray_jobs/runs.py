@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from cdm import __version__
 from cdm.config import Config, digest
-from cdm.config_methods import AnyMethod
 from cdm.journal import Journal
 from cdm.tracking import Experiment, code_version
 
 FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
 
 
-def label(method: AnyMethod) -> str:
-    """A method by name, with the options that are not the defaults: two of one type stay apart."""
-    default = type(method)(type=method.type)
-    options = [f"{k}={v}" for k, v in method.model_dump().items() if v != getattr(default, k)]
-    return ", ".join([method.type, *options])
-
-
 def what_is_asked(config: Config) -> dict[str, object]:
-    """A config without where it runs and what is searched."""
-    return config.model_dump(mode="json", exclude={"storage", "resources", "tracking", "search"})
+    """A config without where it runs, what is searched and what is compared."""
+    return config.model_dump(mode="json", exclude={"storage", "resources", "tracking", "search", "compare"})
 
 
 def open_top_run(experiment: Experiment, config: Config, stage: str, identity: str) -> Journal:

@@ -20,6 +20,7 @@ from cdm.parts import Manifest, Part
 from cdm.shards import check_identity, finish_shards, open_shards, read_footer, write_scores
 from cdm.teacher import TeacherScorer, check_limits
 from cdm.tokenizers import check_lossless, load_tokenizer
+from ray_jobs.cluster import my_address
 from ray_jobs.pool import OnProgress, PartWorker, make_parts
 
 SHOWN_REASONS = 3
@@ -36,10 +37,14 @@ def score(
     pool: TeacherPool,
     names: Sequence[str] | None = None,
     on_progress: OnProgress | None = None,
+    on_speed: Callable[[int, float], None] | None = None,
+    on_node: Callable[[str], None] | None = None,
 ) -> Manifest:
     """The shards of a corpus's parts `names` (default: all); only those that are missing are scored. Needs Ray running.
 
-    `on_progress` hears the documents that are done, those of earlier runs included, and a note with the rate.
+    `on_progress` hears the documents that are done, those of earlier runs included, and a note with the rate;
+    `on_speed`, at the end, the tokens that this run scored and the seconds that it took without the engines' start;
+    `on_node` the address of each node that scores a part.
 
     Raises ValueError: a teacher that cannot score (tokenizer, limits), a folder with shards of something else, more
     documents in quarantine than teacher.max_quarantined_share, resources that this machine lacks.
@@ -65,6 +70,10 @@ def score(
     }
     for row in make_parts(PlacedScorePart, arguments, [corpus.part(name) for name in missing], pool):
         tally.add(row)
+        if on_node is not None:
+            on_node(row["address"])
+    if on_speed is not None and tally.began is not None:
+        on_speed(tally.tokens, time.monotonic() - tally.began)
     return finish_shards(shards_folder, names, identity)
 
 
@@ -121,7 +130,10 @@ class PlacedScorePart(ScorePart):
     """An actor that also says on which node it is."""
 
     def __call__(self, batch: pa.Table) -> dict[str, list[Any]]:
-        return super().__call__(batch) | {"node": [ray.get_runtime_context().get_node_id()]}
+        return super().__call__(batch) | {
+            "node": [ray.get_runtime_context().get_node_id()],
+            "address": [my_address()],
+        }
 
 
 def _summary(folder: str, name: str) -> dict[str, Any]:
@@ -140,17 +152,17 @@ class _Tally:
 
     def __init__(self, max_share: float, documents: int, on_progress: OnProgress | None) -> None:
         self._max_share, self._all, self._on_progress = max_share, documents, on_progress
-        self._done = self._quarantined = self._tokens = self._backoffs = 0
+        self._done = self._quarantined = self.tokens = self._backoffs = 0
         self._reasons: list[str] = []
         self._nodes: set[str] = set()
-        self._began: float | None = None
+        self.began: float | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        if self._began is None and "seconds" in row:  # an engine's start is no part of the rate
-            self._began, self._tokens = time.monotonic() - row["seconds"], 0
+        if self.began is None and "seconds" in row:  # an engine's start is no part of the rate
+            self.began, self.tokens = time.monotonic() - row["seconds"], 0
         self._done += row["documents"] + row["quarantined"]
         self._quarantined += row["quarantined"]
-        self._tokens += row["tokens"]
+        self.tokens += row["tokens"]
         self._backoffs += row.get("memory_backoffs", 0)  # a part of an earlier run has neither these nor a node
         self._nodes |= {row["node"]} if "node" in row else set()
         self._reasons += [row["reasons"]] if row["reasons"] else []
@@ -164,9 +176,9 @@ class _Tally:
             self._on_progress(self._done, self._note())
 
     def _note(self) -> str:
-        if self._began is None:
+        if self.began is None:
             return "from an earlier run"
-        rate = self._tokens / max(1e-9, time.monotonic() - self._began)
+        rate = self.tokens / max(1e-9, time.monotonic() - self.began)
         counted = [(self._quarantined, "in quarantine"), (self._backoffs, "memory back-offs")]
         where = f" on {len(self._nodes)} nodes" if len(self._nodes) > 1 else ""
         return ", ".join([f"{rate:,.0f} tokens/s{where}", *(f"{count} {what}" for count, what in counted if count)])

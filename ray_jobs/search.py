@@ -174,7 +174,8 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
         of_seed = run if number == 0 else trial_run(shared, f"{folder.name}-seed{number}", run.ref)
         job = replace(
             ready, optimisation=config.student, method=config.method, weights=weights,
-            seed=config.seed + number, export=str(folder / f"student-{number}"),
+            seed=config.student_seed + number, documents=config.student.max_documents,
+            export=str(folder / f"student-{number}"),
             lora=config.student.lora, freeze_embeddings=config.student.freeze_embeddings,
         )  # fmt: skip
         validations = _Validations(of_seed.ref, section.metric, config.student.steps, report=number == 0)

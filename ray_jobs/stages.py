@@ -7,15 +7,18 @@ made from, so a changed config is a new folder.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from cdm import parts
 from cdm.checkpoints import Metrics
 from cdm.config import Config, storage_path
-from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft
-from cdm.config_models import AnyEngine, Generation, Pretrain, Student, Teacher, TransformersEngine
+from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft, label
+from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
 from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
 from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
@@ -30,9 +33,9 @@ from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment
 from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import Sides, align
-from ray_jobs.evaluate import EvaluationJob, evaluate
+from ray_jobs.evaluate import EvaluationJob, completing_dtype, evaluate
 from ray_jobs.generate import generate, generation_identity
-from ray_jobs.runs import label, open_top_run, short, what_is_asked
+from ray_jobs.runs import open_top_run, short, what_is_asked
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
@@ -65,6 +68,14 @@ class Pipeline:
     def folder(self, *names: str) -> str:
         return storage_path(self.config, *names)
 
+    @contextmanager
+    def _timed(self, name: str, title: str, unit: str, total: int | None = None) -> Iterator[StageView]:
+        """The view of a stage without a run of its own; the run above learns its seconds, for `cdm plan`."""
+        began, metric = time.monotonic(), f"seconds.{name}"
+        with StageView(title, unit, total) as view:
+            yield view
+        self.run.metrics(self.run.last_steps.get(metric, -1) + 1, {metric: time.monotonic() - began})
+
     # --- corpus
 
     @cached_property
@@ -75,7 +86,7 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped("corpus", folder)
             return folder
-        with StageView("corpus", "documents") as view:
+        with self._timed("corpus", "corpus", "documents") as view:
             manifest = write_corpus(self.config.corpus, folder, view.update, replace=replace)
             view.update(manifest.rows)
         return folder
@@ -122,21 +133,22 @@ class Pipeline:
         asked = section.model
         if not isinstance(asked, Pretrain):
             return Model(asked.name, asked.name, asked.revision, model_identity(asked.name, asked.revision))
-        identity = short(asked, self.source_manifest.fingerprint, self.config.seed)
+        seed = self.config.student_seed if isinstance(section, Student) else self.config.seed
+        identity = short(asked, self.source_manifest.fingerprint, seed)
         path = self.folder("models", f"{asked.name}-{identity}")
         if Path(path).exists():
             skipped(f"pretrain {asked.name}", path)
         else:
-            self._pretrain(asked, path, identity)
+            self._pretrain(asked, path, identity, seed)
         return Model(asked.name, path, None, model_identity(path, None))
 
-    def _pretrain(self, asked: Pretrain, path: str, identity: str) -> None:
+    def _pretrain(self, asked: Pretrain, path: str, identity: str, seed: int) -> None:
         if asked.training.steps and not self.source_manifest.meta["response_bytes"]:
             raise ValueError(f"{asked.name}: a model of type pretrain learns from responses; the corpus has none")
         initial = path if asked.training.steps == 0 else f"{path}.initial"
         if not Path(initial).exists():
-            with StageView(f"initialise {asked.name}", "models", 1) as view:
-                build_model(asked, self.source, initial, seed=self.config.seed)
+            with self._timed("initialise", f"initialise {asked.name}", "models", 1) as view:
+                build_model(asked, self.source, initial, seed=seed)
                 view.update(1)
         if asked.training.steps:
             untrained = Model(asked.name, initial, None, identity)
@@ -144,7 +156,7 @@ class Pipeline:
             job = TrainingJob(
                 model=initial, revision=None, tokenizer=initial, optimisation=asked.training, method=Sft(type="sft"),
                 aligned=aligned, shards=(), maps=(), weights=(),
-                seed=self.config.seed, export=path, targets="all",
+                seed=seed, export=path, targets="all",
             )  # fmt: skip
             self._train(f"pretrain {asked.name}", job, identity)
 
@@ -182,7 +194,7 @@ class Pipeline:
         run = self.experiment.run("score", f"score {model.name}", identity, self.run.ref)
         run.params(section.model_dump(mode="json"))
         run.dataset("corpus", self.corpus_manifest.fingerprint, self.corpus, "scoring")
-        total = self.corpus_manifest.rows
+        total, nodes = self.corpus_manifest.rows, set[str]()
         with closing(run), StageView(f"score {model.name}", "documents", total) as view:
             manifest = score(
                 section,
@@ -192,8 +204,11 @@ class Pipeline:
                 shards_folder=folder,
                 pool=self.config.resources.teacher,
                 on_progress=lambda done, note: view.update(done, note),
+                on_speed=lambda tokens, seconds: run.metrics(0, {"tokens_scored": tokens, "seconds_scored": seconds}),
+                on_node=nodes.add,
             )
             run.tags({"cdm.shards": folder, "cdm.fingerprint": manifest.fingerprint})
+            run.tags({"cdm.nodes": ", ".join(sorted(nodes))})
             run.metrics(0, {k: float(v) for k, v in manifest.meta.items() if isinstance(v, int | float)})
         return folder
 
@@ -224,7 +239,7 @@ class Pipeline:
         if parts.is_finished(folder):
             skipped("align", folder)
             return folder
-        with StageView("align", "parts", len(manifest.parts)) as view:
+        with self._timed("align", "align", "parts", len(manifest.parts)) as view:
             align(corpus, shards, sides, folder, max_length=max_length, meta=meta, on_progress=view.update)
         return folder
 
@@ -238,7 +253,9 @@ class Pipeline:
         """The student scored on the corpus as a teacher is: `dtw` weighs its tokens by their entropies."""
         asked = self.config.student
         engine = TransformersEngine(type="transformers", dtype="float32")
-        section = Teacher(model=asked.model, engine=engine, top_k=1, max_length=asked.max_length)
+        # What the student cannot read is left out of the alignment, and counted there; `min_coverage` is its limit.
+        limits = {"max_length": asked.max_length, "max_quarantined_share": 1.0}
+        section = Teacher(model=asked.model, engine=engine, top_k=1, **limits)
         return self._scored(section, self.student)
 
     def maps(self, method: AnyMethod) -> tuple[str | None, ...]:
@@ -258,7 +275,8 @@ class Pipeline:
             threshold, protect = 0.0, True  # most methods read the exact part alone
             if isinstance(method, Cdm | MinEdit):
                 threshold, protect = method.threshold, method.protect
-            file = vocab_map_file(student, teacher, threshold, protect, self.folder("maps"))
+            unmatched = method.unmatched if isinstance(method, Cdm) else "spelling"
+            file = vocab_map_file(student, teacher, threshold, protect, self.folder("maps"), unmatched)
             found.append(str(file))
         return tuple(found)
 
@@ -270,14 +288,15 @@ class Pipeline:
         weights = tuple(teacher.weight for teacher in self.config.teachers)
         folder = self.aligned(method)
         aligned = parts.read_manifest(folder).fingerprint
-        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage"})
-        identity = short(self.student.identity, aligned, method, steps, weights, self.config.seed)
+        steps = optimisation.model_dump(mode="json", exclude={"model", "min_coverage", "seed"})
+        identity = short(self.student.identity, aligned, method, steps, weights, self.config.student_seed)
         return TrainingJob(
             model=self.student.path, revision=self.student.revision, tokenizer=self.student.path,
             optimisation=optimisation, method=method, aligned=folder, shards=self.shards,
-            maps=self.maps(method), weights=weights, seed=self.config.seed,
+            maps=self.maps(method), weights=weights, seed=self.config.student_seed,
             export=self.folder("students", f"{self.config.name}-{method.type}-{identity}"),
             lora=optimisation.lora, freeze_embeddings=optimisation.freeze_embeddings,
+            documents=optimisation.max_documents,
         )  # fmt: skip
 
     def trained(self, method: AnyMethod) -> str:
@@ -290,17 +309,22 @@ class Pipeline:
             self._train(f"train {label(method)}", job, job.export.rpartition("-")[2])
         return job.export
 
-    def _train(self, title: str, job: TrainingJob, identity: str) -> None:
+    def training_run(self, title: str, job: TrainingJob, identity: str) -> Journal:
+        """The run of a training, with what it was asked and what it reads."""
         run = self.experiment.run("train", title, identity, self.run.ref)
         run.params({"method": job.method.model_dump(mode="json"), "student": job.optimisation.model_dump(mode="json")})
         tags = {"cdm.method": job.method.type, "cdm.export": job.export, "cdm.aligned": job.aligned}
         run.tags(tags | {"cdm.from": job.model, "cdm.scores": ", ".join(job.shards)})
         for folder in (job.aligned, *job.shards):
             run.dataset(Path(folder).name, parts.read_manifest(folder).fingerprint, folder, "training")
+        return run
+
+    def _train(self, title: str, job: TrainingJob, identity: str) -> None:
+        run = self.training_run(title, job, identity)
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
         folder, name = self.folder("runs"), f"{job.method.type}-{identity}"
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
-            run_training(
+            nodes = run_training(
                 job,
                 self.config.resources.student,
                 folder=folder,
@@ -308,6 +332,7 @@ class Pipeline:
                 run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
+            run.tags({"cdm.nodes": ", ".join(nodes)})
             view.update(read_about(job.export)["steps"])
             run.table("checkpoints", checkpoints(f"{folder}/{name}", run_series(run.ref.folder)))
 
@@ -335,40 +360,39 @@ class Pipeline:
         found = {name: run_series(self.folder(FOLDER, f"train-{identity}")) for name, identity in identities.items()}
         return {name: series for name, series in found.items() if series}
 
+    def evaluation_job(self) -> EvaluationJob:
+        """What every model of this config is measured on."""
+        asked, teacher = self.config.evaluation, self.teachers[0]
+        aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
+        return EvaluationJob(
+            corpus=self.corpus, aligned=aligned, shards=self.shards, teacher=(teacher.path, teacher.revision),
+            teacher_dtype=completing_dtype(self.config.teachers[0].engine),
+            documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
+            micro_batch_tokens=self.config.student.micro_batch_tokens, maps={},
+        )  # fmt: skip
+
     @cached_property
     def reports(self) -> list[EvalReport]:
         """The teacher, the student before, and each trained student, on the same documents."""
-        students = self.students
-        asked, pool = self.config.evaluation, self.config.resources.student
+        students, job = self.students, self.evaluation_job()
         names = {name: Path(folder).name for name, folder in students.items()}
-        aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
-        teacher = self.teachers[0]
-        identity = short(asked, parts.read_manifest(aligned).fingerprint, names, teacher.identity)
+        identity = short(
+            self.config.evaluation, parts.read_manifest(job.aligned).fingerprint, names, self.teachers[0].identity
+        )
         file = Path(self.folder("reports", f"{identity}.json"))
         if file.exists():
             skipped("evaluate", str(file))
             return [EvalReport(**report) for report in json.loads(file.read_text(encoding="utf-8"))]
-        job = EvaluationJob(
-            corpus=self.corpus, aligned=aligned, shards=self.shards, teacher=(teacher.path, teacher.revision),
-            teacher_dtype=completing_dtype(self.config.teachers[0].engine),
-            documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
-            micro_batch_tokens=self.config.student.micro_batch_tokens, maps=self._counted_maps(),
-        )  # fmt: skip
+        job, pool = replace(job, maps=self._counted_maps()), self.config.resources.student
         folders: dict[str, tuple[str, str | None]] = {name: (folder, None) for name, folder in students.items()}
-        folders |= {BEFORE: (self.student.path, self.student.revision)}
+        if BEFORE in folders:
+            folders[BEFORE] = (self.student.path, self.student.revision)
         run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
-            reports = evaluate(
-                job, f"teacher, {teacher.name}", folders, pool, self.config.resources.teacher, view.update
-            )
+            name, pool_t = f"teacher, {self.teachers[0].name}", self.config.resources.teacher
+            reports = evaluate(job, name, folders, pool, on_progress=view.update, teacher_pool=pool_t)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
-
-
-def completing_dtype(engine: AnyEngine) -> str | None:
-    """Of a teacher that completes prompts without its engine, whose start a few completions do not pay."""
-    alone = isinstance(engine, TransformersEngine) or engine.tensor_parallel_size == 1
-    return engine.dtype if alone else None
 
 
 def with_all_splits(corpus: str) -> parts.Manifest:

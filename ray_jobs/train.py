@@ -17,9 +17,11 @@ from ray.train import (
     Checkpoint,
     CheckpointConfig,
     CheckpointUploadMode,
+    ControllerError,
     FailureConfig,
     RunConfig,
     ScalingConfig,
+    UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
@@ -29,7 +31,7 @@ from cdm.config import StudentPool
 from cdm.journal import RunRef, Tracker, open_run
 from cdm.student import TrainingJob, train
 from cdm.tracking import system_metrics
-from ray_jobs.cluster import use_cpus
+from ray_jobs.cluster import beside_me, my_address, use_cpus
 
 OnMetrics = Callable[[int, Metrics], None]
 POLL_SECONDS = 0.5
@@ -82,18 +84,35 @@ class RayCheckpoints:
             finish(self._written)
 
 
-@ray.remote(num_cpus=0)
+class FailAtOnce(UserCallback):
+    """Ends a run whose workers say that what they were asked or given is wrong: starting them again cannot help.
+
+    What is raised here is the controller's error, which Ray Train does not retry. Where some worker died as well, the
+    ValueError may be what that did to the others.
+    """
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        errors = list(worker_exceptions.values())
+        if all(isinstance(error, ValueError) for error in errors):
+            raise errors[0]
+
+
+@ray.remote
 class Board:
-    """What rank 0 last said, for the driver's progress line."""
+    """What rank 0 last said, for the driver's progress line, and where all ranks are or have been."""
 
     def __init__(self) -> None:
         self._last: tuple[int, Metrics] = (0, {})
+        self._nodes: set[str] = set()
+
+    def join(self, address: str) -> None:
+        self._nodes.add(address)
 
     def write(self, step: int, metrics: Metrics) -> None:
         self._last = (step, metrics)
 
-    def read(self) -> tuple[int, Metrics]:
-        return self._last
+    def read(self) -> tuple[int, Metrics, set[str]]:
+        return *self._last, self._nodes
 
 
 @ray.remote(num_cpus=0)
@@ -126,15 +145,17 @@ def run_training(
     run: RunRef | None,
     on_metrics: OnMetrics,
     bookings: Any = None,
-) -> None:
+) -> list[str]:
     """Trains on the pool's workers until the student is exported; resumes what `folder/name` holds.
 
-    `bookings`: an actor `Bookings`, for a process that may die before those that work on Ray together with it.
+    Returns the addresses of the nodes that its workers were on. `bookings`: an actor `Bookings`, for a process that may
+    die before those that work on Ray together with it.
 
     Workers that die or hang are started again from the last checkpoint, `pool.max_failures` times; then
     ray.train.TrainingFailedError. With `pool.min_workers` there may be fewer of them than were asked for.
+    A ValueError of `cdm.student.train` is raised at once, as it is.
     """
-    board = Board.remote()  # type: ignore[attr-defined]
+    board = Board.options(**beside_me()).remote()  # type: ignore[attr-defined]
     work = {"job": job, "run": run, "board": board, "cpus": pool.cpus, "folder": os.path.join(folder, name)}
     work |= {"bookings": bookings}
     trainer = TorchTrainer(
@@ -154,14 +175,22 @@ def run_training(
                 num_to_keep=job.optimisation.keep_checkpoints,
                 checkpoint_score_attribute=SCORE,
             ),
+            callbacks=[FailAtOnce()],
         ),
     )
-    with _Watch(board, on_metrics):
-        trainer.fit()
+    try:
+        with _Watch(board, on_metrics) as watch:
+            trainer.fit()
+    except ControllerError as error:
+        if isinstance(error.controller_failure, ValueError):
+            raise error.controller_failure from error
+        raise
+    return sorted(watch.nodes)
 
 
 def _worker(config: dict[str, Any]) -> None:
     use_cpus(config["cpus"])
+    config["board"].join.remote(my_address())
     first = ray.train.get_context().get_world_rank() == 0
     if first and config["bookings"] is not None:
         config["bookings"].watch.remote(config["board"], get_current_placement_group())
@@ -182,20 +211,24 @@ class _Watch:
 
     def __init__(self, board: Any, on_metrics: OnMetrics) -> None:
         self._board, self._on_metrics = board, on_metrics
+        self.nodes: set[str] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def _poll(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
+        ended = False
+        while not ended:
+            ended = self._stop.wait(POLL_SECONDS)
             try:
-                step, metrics = ray.get(self._board.read.remote())
-            except RayActorError:  # its node is gone: the run goes on without a progress line
+                step, metrics, self.nodes = ray.get(self._board.read.remote())
+            except RayActorError:  # it was killed: the run goes on without a progress line
                 return
             if step:
                 self._on_metrics(step, metrics)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Watch:
         self._thread.start()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()

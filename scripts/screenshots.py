@@ -32,9 +32,9 @@ from PIL import Image
 from websockets.sync.client import connect
 
 from cdm.config import Config, load_config, storage_path
+from cdm.config_methods import label
 from cdm.journal import ARTIFACTS, run_facts, run_folders
 from cdm.tracking import tracking_uri
-from ray_jobs.runs import label
 
 SECONDS = 180.0  # at most, on a busy machine
 WIDTH, HEIGHT = 1280, 800

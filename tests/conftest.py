@@ -64,6 +64,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
 TOGETHER = {
     "tests/test_jobs.py": "tests/test_pipeline.py",
     "tests/test_search_job.py": "tests/test_pipeline.py",
+    "tests/test_plan_command.py": "tests/test_pipeline.py",
+    "tests/test_compare_job.py": "tests/test_pipeline.py",
     "tests/test_ui.py": "tests/test_pipeline.py",
     "tests/test_exactness.py": "tests/test_golden.py",
     "tests/test_tokenizers.py": "tests/test_golden.py",

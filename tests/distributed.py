@@ -106,7 +106,7 @@ def in_step(number: int, what: signal.Signals = signal.SIGKILL, before: Fault = 
     cdm.step.torch.nn.utils.clip_grad_norm_ = strike
 
 
-def in_checkpoint(number: int, what: signal.Signals = signal.SIGKILL) -> None:
+def in_checkpoint(number: int, what: signal.Signals = signal.SIGKILL, before: Fault = lambda: None) -> None:
     """The process gets a signal while it writes its `number`-th checkpoint: its files are there, the table is not."""
     write, calls = FileSystemWriter.write_data, []
 
@@ -115,6 +115,7 @@ def in_checkpoint(number: int, what: signal.Signals = signal.SIGKILL) -> None:
         done = write(*arguments)
         if len(calls) == number:
             done.wait()
+            before()
             os.kill(os.getpid(), what)
         return done
 

@@ -78,6 +78,24 @@ def test_dtw_is_the_slow_twin(texts_s: list[str], texts_t: list[str], random) ->
         check_cover(groups, len(texts_s), len(texts_t))
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.text("ab\u00e9 ", min_size=40, max_size=160),
+    rate=st.sampled_from([0.2, 0.6]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_dtw_leaves_no_cell_out_that_the_slow_twin_needs(text: str, rate: float, seed: int) -> None:
+    """One text cut in two ways, long enough that cells far from the path are left out; characters are cut as well."""
+    rng = np.random.default_rng(seed)
+    pieces = []
+    for _ in range(2):
+        cuts = np.flatnonzero(rng.random(len(text.encode()) - 1) < rate) + 1
+        parts = np.split(np.frombuffer(text.encode(), np.uint8), cuts)
+        pieces.append([part.tobytes().decode("utf-8", "surrogateescape") for part in parts])
+    for weights in ([np.ones(len(texts)) for texts in pieces], [rng.uniform(3, 6, len(texts)) for texts in pieces]):
+        assert align_dtw(*pieces, *weights) == slow_twins.align_dtw(*pieces, *weights)
+
+
 def test_dtw_ties_go_diagonally_then_back_on_the_teacher() -> None:
     assert align_dtw(["a", "a"], ["a", "a"], [1, 1], [1, 1]) == [((0, 1), (0, 1)), ((1, 2), (1, 2))]
     assert align_dtw(["", ""], ["", "", ""], [1, 1], [1, 1, 1]) == [((0, 1), (0, 2)), ((1, 2), (2, 3))]
@@ -157,3 +175,5 @@ def test_bad_requests() -> None:
         align(method="dtw", ends_s=[1], ends_t=[1])
     with pytest.raises(ValueError, match="weights"):
         align_dtw(["a"], ["a"], [1.0, 1.0], [1.0])
+    with pytest.raises(ValueError, match="negative or not finite"):
+        align_dtw(["a"], ["a"], [1.0], [-1.0])

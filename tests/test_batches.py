@@ -125,6 +125,16 @@ def test_prompts_that_leave_no_room_are_left_out_and_counted(world: dict) -> Non
     assert counts["prompt_too_long"] == DOCUMENTS and table.num_rows == 0
 
 
+@pytest.mark.parametrize("limit", [1, ROW_GROUP_DOCUMENTS - 1, ROW_GROUP_DOCUMENTS, DOCUMENTS - 1, 10 * DOCUMENTS])
+def test_with_a_limit_the_first_rows_are_all_there_is(world: dict, limit: int) -> None:
+    folders, kept = world["folders"], min(limit, DOCUMENTS)
+    limited = AlignedData.open(folders["aligned"], [folders["shards"]], "train", limit)
+    assert len(limited) == kept == sum(rows for *_, rows in limited.blocks)
+    assert [limited.row(number).id for number in range(kept)] == [d.id for d in world["documents"][:kept]]
+    epoch = np.concatenate(list(islice(step_rows(limited, seed=0, batch_tokens=1), kept)))
+    assert sorted(epoch) == list(range(kept))
+
+
 def test_steps_are_a_pure_function_of_seed_and_read_each_row_once_an_epoch(world: dict) -> None:
     source = data(world)
     first = list(islice(step_rows(source, seed=1, batch_tokens=200), 60))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import graph, mapping, rows, table
+from benchmarks import graph, mapping, mass, rows, table
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.vocab_map import build_vocab_map
 from tests import tiny
@@ -69,3 +69,14 @@ def test_the_machine_has_a_name_and_figures_end_as_json(
     monkeypatch.setenv("CDM_REAL_DATA", str(tmp_path))
     with pytest.raises(ValueError, match="CDM_REAL_DATA must name"):
         table.real_data()
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        (None, "special"), (b"", "special"), (b" \n", "white space"), (b" naive", "letters"), (b"42", "digits"),
+        (b"1_0", "digits"), (b"x2", "letters and others"), (b"):\n", "other signs"), (b"\xc3", "other signs"),
+    ],
+)  # fmt: skip
+def test_kinds_of_tokens(token: bytes | None, name: str) -> None:
+    assert mass.kind(token) == name

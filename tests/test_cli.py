@@ -39,6 +39,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
         "evaluate",
         "pipeline",
         "search",
+        "compare",
         "lineage",
         "inspect",
         "config",
@@ -50,6 +51,19 @@ def test_help_lists_every_command_and_loads_nothing_heavy() -> None:
     modules = set(loaded.stdout.splitlines()[-1].split())
     assert "typer" in modules
     assert not modules & {"pydantic", "yaml", "rich", "numpy", "torch", "ray", "transformers", "pyarrow"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "tests"], "tests is a folder: name with --config the config that says how it is evaluated"),
+        (["evaluate", "SMALL", "--config", "SMALL"], "--config is for a folder, and SMALL is none"),
+        (["evaluate", "SMALL", "--tasks", "arc_easy"], "lm-eval is not installed here: pip install lm-eval"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_first(small: str, arguments: list[str], message: str) -> None:
+    done = cdm(*(argument.replace("SMALL", small) for argument in arguments))
+    assert done.returncode == 2 and message.replace("SMALL", small) in done.stderr, done.stderr
 
 
 def test_config_prints_the_resolved_config(small: str) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from cdm import parts, shards
 from cdm.batches import align_part
 from cdm.corpus import table_of
-from cdm.evaluation import completions, evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.evaluation import _images, completions, evaluate_student, evaluate_teacher, held_out, sample_prompts
 from cdm.grouping import Grouping
 from cdm.mappings import BEFORE, PLACE, mappings_that_fired
 from cdm.records import Alignment, Document
@@ -72,8 +72,32 @@ def evaluate(world: dict, side: str, **options: object) -> object:
 def test_the_students_bits_per_byte_are_the_slow_twins(world: dict) -> None:
     report = evaluate(world, "student")
     assert report.bits_per_byte == pytest.approx(slow_bits_per_byte(world["student"], world["documents"]), rel=1e-4)
-    assert report.documents == 12
+    assert report.documents == 12 and report.name == "student"
     assert report.response_bytes == sum(len(document.response.encode()) for document in world["documents"])
+
+
+@torch.no_grad()
+def test_each_document_adds_what_it_adds_alone(world: dict) -> None:
+    """And the agreement is that of a loop over groups."""
+    report = evaluate(world, "student")
+    tokenizer_s, tokenizer_t = load_tokenizer(world["student"]), load_tokenizer(world["teacher"])
+    images = _images(tokenizer_s, tokenizer_t)
+    model = AutoModelForCausalLM.from_pretrained(world["student"], dtype=torch.float32)
+    assert report.ids == tuple(document.id for document in world["documents"])
+    for place, (row, document) in enumerate(zip(world["rows-student"], world["documents"], strict=True)):
+        added = {name: values[place] for name, values in report.sums.items()}
+        assert added["bytes"] == len(document.response.encode())
+        if added["bytes"]:
+            bits = added["nats"] / added["bytes"] / math.log(2)
+            assert bits == pytest.approx(slow_bits_per_byte(world["student"], [document]), rel=1e-4)
+        logits = model(torch.tensor([[*row.prompt_s.tolist(), *row.ids_s.tolist()]])).logits[0]
+        agreed = shared = 0
+        for s, t in zip(row.alignments[0].bounds_s[:-1], row.alignments[0].bounds_t[:-1], strict=True):
+            best = int(row.scores[0].topk_ids_t[t, 0])
+            image = int(images[best]) if best < len(images) else -1  # beyond: padded rows
+            shared += image >= 0
+            agreed += image == int(logits[len(row.prompt_s) + s - 1].argmax())
+        assert (added["agreed"], added["shared"]) == (agreed, shared)
 
 
 def test_the_teachers_come_from_its_scores(world: dict) -> None:

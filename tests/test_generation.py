@@ -88,11 +88,11 @@ def test_batches_sample_what_single_requests_would(
     sampling = Sampling(temperature, top_p, 12, (), ends)
     requests = [Request(tokenizer.encode_prompt(ask(10**n).prompt), 7 * n) for n in range(6)]
     engine = TransformersGenerator(
-        model, revision=None, tokenizer=tokenizer, sampling=sampling, max_length=96, dtype="float32", batch_tokens=150
+        model, revision=None, tokenizer=tokenizer, max_length=96, dtype="float32", batch_tokens=150
     )
-    found = engine.generate(requests)
+    found = engine.generate(requests, sampling)
     assert found == [sampled_slowly(model, request, sampling) for request in requests]
-    assert engine.generate(requests[::-1]) == found[::-1]
+    assert engine.generate(requests[::-1], sampling) == found[::-1]
     if temperature:
         assert len({len(ids) for ids in found}) > 1 and any(len(ids) == 12 for ids in found)
 
@@ -102,8 +102,9 @@ def test_a_text_ends_a_row_and_what_pads_it_is_no_part_of_it(model: str, tokeniz
     requests = [Request(tokenizer.encode_prompt(ask(n).prompt), n) for n in range(8)]
     free = Sampling(1.0, 1.0, 24, (), stop_ids(tokenizer))
     stopped = Sampling(1.0, 1.0, 24, ("in", "é", "r"), stop_ids(tokenizer))
-    whole = TransformersGenerator(model, sampling=free, **base).generate(requests)
-    cut = TransformersGenerator(model, sampling=stopped, **base).generate(requests)
+    engine = TransformersGenerator(model, **base)
+    whole = engine.generate(requests, free)
+    cut = engine.generate(requests, stopped)
     for long, short in zip(whole, cut, strict=True):
         texts = [b"".join(tokenizer.token_bytes(i) or b"" for i in long[:n]) for n in range(len(long) + 1)]
         ends = [n for n, text in enumerate(texts) if any(stop.encode() in text for stop in stopped.stop)]
@@ -250,7 +251,7 @@ class _Parrot:
     def __init__(self, said: list[int], other: list[int]) -> None:
         self.said, self.other = said, other
 
-    def generate(self, requests: Sequence[Request]) -> list[list[int]]:
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
         return [self.other if i == 1 else self.said for i in range(len(requests))]
 
 

@@ -14,10 +14,10 @@ from cdm import head
 from cdm.head import read_rows
 from cdm.methods import CONTEXT, METHODS
 from cdm.models import load_model
-from cdm.pieces import cuts, divide
-from cdm.records import AlignedBatch
+from cdm.pieces import Piece, cuts, divide
+from cdm.records import AlignedBatch, LossOutput, TeacherRows
 from cdm.rows import STRIDE, StudentRows, best_ids, student_rows, token_logp
-from cdm.step import Counts, Objective, StudentModel, batch_loss, piece_loss
+from cdm.step import Counts, Objective, StudentModel, batch_loss, piece_loss, to_device
 from cdm.vocab_map import VocabMap, build_vocab_map
 from tests import tiny
 from tests.test_methods import EVERY, STUDENT, TEACHER, V_S, documents
@@ -196,3 +196,30 @@ def test_soft_caps_and_other_heads() -> None:
     model.model.lm_head = torch.nn.Sequential(torch.nn.Linear(16, 64))
     with pytest.raises(ValueError, match="its head is a Sequential"):
         StudentModel(model.model)
+
+
+@EVERY
+def test_on_an_accelerator_nothing_is_waited_for(method: str, options: dict, vocab_map: VocabMap) -> None:
+    """Meta tensors have no values: whoever asks for one, or needs a shape that depends on one, fails."""
+    if method == "multilevel_ot":
+        pytest.skip("it asks for the lengths of the responses, whose rows it transports to one another")
+    batch = to_device(aligned(method), torch.device("meta"))
+    layer = linear(True, torch.bfloat16).to("meta")
+    hidden = torch.empty(len(batch.targets_s), H, dtype=torch.bfloat16, device="meta", requires_grad=True)
+
+    def term(rows: StudentRows, teacher: TeacherRows, piece: Piece) -> LossOutput:
+        context = {CONTEXT[method]: getattr(piece, CONTEXT[method])} if method in CONTEXT else {}
+        return METHODS[method](rows, teacher, vocab_map, **context, **options)
+
+    pieces = divide(batch, 3)
+    assert len(pieces) > 1
+    objective, counts = Objective(0.4, (term,), (1.0,)), Counts(9, (8,))
+    loss, _ = read_rows(
+        hidden,
+        layer,
+        None,
+        [0, *(p.end for p in pieces)],
+        lambda rows, i: piece_loss(rows, pieces[i], objective, counts),
+    )
+    loss.backward()
+    assert hidden.grad is not None and layer.weight.grad is not None

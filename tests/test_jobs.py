@@ -54,7 +54,8 @@ def head() -> Iterator[dict[str, str]]:
         with open(Path(folder) / "head.log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
-            client = environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+            addresses = {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{gcs}"}
+            client = environment | addresses
             wait_for_the_job_server(client, process, log.name)
             yield client
         finally:
@@ -125,3 +126,12 @@ def test_a_client_without_the_token_is_refused(head: dict[str, str], tmp_path: P
         [*RAY, "job", "submit", "--", "true"], env=stranger, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode != 0 and re.search("401|[Uu]nauth|token", done.stdout + done.stderr)
+
+
+def test_a_driver_without_the_token_is_refused(head: dict[str, str], tmp_path: Path) -> None:
+    stranger = {key: value for key, value in head.items() if "AUTH" not in key} | {"HOME": str(tmp_path)}
+    program = "import os, ray; ray.init(os.environ['GCS']); print('let in')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=stranger, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0 and "let in" not in done.stdout and "Failed to connect to Ray cluster" in done.stderr

@@ -17,24 +17,29 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOUNS = (
     *("records", "config_errors", "config_types", "config_corpus", "config_models", "config_methods"),
-    *("config_search", "config"),
+    *("config_search", "config_compare", "config_tasks", "config"),
 )
 CORE = (
-    *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "vocab_map"),
-    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step"),
+    *("parts", "top_k", "codec", "alignment", "spelling", "neighbours", "images", "vocab_map"),
+    *("losses", "rows", "head", "pairs", "baselines", "methods", "pieces", "speed", "step", "intervals"),
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
     *("corpus", "models", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
-    *("grouping", "batches", "adapters", "preflight", "evaluation", "checkpoints", "validation", "export", "student"),
-    *("journal", "tracking", "report", "search", "trials", "lineage"),
-    *("text_view", "mappings", "figures", "page", "overview", "inspection_parts", "inspection", "verification"),
+    *("sandbox_init", "sandbox", "tasks", "answers"),
+    *("grouping", "batches", "adapters", "preflight", "evaluation", "scores", "harness"),
+    *("checkpoints", "validation", "export", "student"),
+    *("journal", "tracking", "report", "search", "trials", "comparison", "lineage"),
+    *("text_view", "mappings", "figures", "page", "score_view", "overview"),
+    *("inspection_parts", "inspection", "verification"),
+    *("rates", "model_size", "corpus_size", "calibration", "speeds", "planning", "plan_view"),
 )
 ORDER = ("__init__", *NOUNS, *CORE, *STAGES, "cli")
 # In ray_jobs the module-level imports follow this order; `python -m ray_jobs.X` may hand over to the pipeline.
 ENGINE_JOBS = ("pool", "generate", "score")
-JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages", "search", "pipeline")
+FIRST_JOBS = ("__init__", "cluster", *ENGINE_JOBS, "align", "train", "evaluate", "runs", "stages")
+JOBS = (*FIRST_JOBS, "tasks", "search", "compare", "pipeline", "measure")
 
 LIBRARY = sorted((ROOT / "cdm").glob("**/*.py"))
 JOB_FILES = sorted((ROOT / "ray_jobs").glob("**/*.py"))

@@ -29,6 +29,7 @@ VARIANTS = [(name, {}) for name in METHODS] + [
     ("cdm", {"rows": "mean"}),
     ("cdm", {"rows": "mean", "tail": "residual", "dual": False}),
     ("cdm", {"top_k": 1000}),
+    ("cdm", {"observed": True}),
     ("strict", {"reverse": False}),
 ]
 EVERY = pytest.mark.parametrize(
@@ -422,7 +423,7 @@ SECTIONS = {
     get_args(section.model_fields["type"].annotation)[0]: section for section in get_args(get_args(AnyMethod)[0])
 }
 # Read before the loss: where the groups and the map come from, and what the terms weigh.
-ELSEWHERE = {"type", "alpha", "align", "threshold", "protect"}
+ELSEWHERE = {"type", "alpha", "align", "threshold", "protect", "unmatched"}
 
 
 def test_every_method_has_a_section() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from cdm.export import read_about
 from cdm.inspection import inspect_path
+from tests import whole
 from tests.whole import finish, runs, start, students, without_the_student, write_config
 
 pytestmark = pytest.mark.slow
@@ -129,6 +131,44 @@ def test_a_driver_killed_while_training_goes_on_where_it_was(finished: tuple[Pat
     client, run = MlflowClient(f"sqlite:///{storage}/mlflow.db"), runs(storage)["train cdm, top_k=20"]
     steps = sorted(metric.step for metric in client.get_metric_history(run.info.run_id, "loss"))
     assert steps == list(range(1, 9))
+
+
+def test_a_folder_is_evaluated_in_the_students_place(finished: tuple[Path, str, str], tmp_path: Path) -> None:
+    """On held-out documents and on tasks, by real engines in the pool; a second call finds all answers."""
+    storage = tmp_path / "storage"
+    shutil.copytree(finished[0], storage, ignore=shutil.ignore_patterns("mlflow.db", "tracking", "reports"))
+    folder = next(path for path in students(storage) if "-cdm-" in path.name)
+    rows = [{"prompt": f"Say {n}.", "response": f"{n} it is", "kind": "odd" if n % 2 else "even"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data = {"type": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    said = {"type": "instructions", "name": "said", "data": data, "category": "kind", "seeds": 2, "max_tokens": 16}
+    counted = {"type": "final_number", "name": "counted", "data": data, "max_tokens": 16}
+    engine = {"type": "transformers", "dtype": "float32"}
+    evaluation = whole.CONFIG["evaluation"] | {"engine": engine, "tasks": [said, counted]}
+    config = write_config(tmp_path, storage, evaluation=evaluation)
+
+    process = start("evaluate", str(folder), "--config", config)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert f"done answer {folder.name}: 18 answers" in output and "done grade" in output and "done train" not in output
+    assert "said rouge_l" in output and "counted exact_match" in output and "±" in output
+    file = Path(output.split("scores:")[1].split()[0])
+    report = json.loads(file.read_text(encoding="utf-8"))
+    scores = {(one["model"], one["task"], one["metric"]): one for one in report["scores"]}
+    for model in ("teacher, teacher", folder.name):
+        said_score = scores[model, "said", "rouge_l"]
+        assert said_score["documents"] == 6 and len(said_score["seeds"]) == 2
+        assert set(said_score["categories"]) == {"odd", "even"}
+        assert said_score["low"] <= said_score["value"] <= said_score["high"]
+        assert scores[model, "held-out", "bits_per_byte"]["low"] < scores[model, "held-out", "bits_per_byte"]["high"]
+    assert {(one["task"], one["against"]) for one in report["comparisons"]} == {
+        (task, "teacher, teacher") for task in ("held-out", "said", "counted")
+    }
+
+    again = start("evaluate", str(folder), "--config", config)
+    output = finish(again)
+    assert again.returncode == 0 and f"have answer {folder.name}" in output and "done " not in output, output
+    assert json.loads(file.read_text(encoding="utf-8")) == report
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,14 @@ def test_laps_give_time_to_what_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: value for name, value in first.items() if value} == {"data": 1, "forward": 2, "backward": 1}
     assert {name: value for name, value in laps.take().items() if value} == {"checkpoint": 1}
     assert time_shares(first)["time_share.forward"] == 0.5 and time_shares({}) == {}
+
+
+def test_peak_memory_is_from_the_reset_on() -> None:
+    speed.reset_peak_memory(CPU)
+    before = speed.cost_of([], CPU)["peak_memory_gib"]
+    held = torch.ones(2**26)  # a quarter of a GiB
+    del held
+    assert speed.cost_of([], CPU)["peak_memory_gib"] - before == pytest.approx(0.25, abs=0.05)
+    speed.reset_peak_memory(CPU)
+    assert speed.cost_of([], CPU)["peak_memory_gib"] - before == pytest.approx(0, abs=0.05)
+    assert speed.cost_of([3.0, 1.0, 2.0], CPU)["step_seconds"] == 2.0

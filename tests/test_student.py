@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import TypeAdapter
+from ray.exceptions import RayActorError
 from transformers import AutoModelForCausalLM
 
 from cdm.batches import AlignedData, collate
@@ -25,6 +26,7 @@ from cdm.rows import StudentRows
 from cdm.step import Counts, StudentModel, batch_loss
 from cdm.student import TrainingJob, learning_rate, objective_of
 from cdm.tokenizers import load_tokenizer
+from ray_jobs.train import FailAtOnce
 from tests import distributed, tiny
 from tests.test_batches import K
 from tests.training import assert_same_curve, tiny_job
@@ -95,6 +97,14 @@ def test_two_workers_skip_the_same_step(tmp_path: Path) -> None:
         exported.append(read_about(str(folder / "export"))["step"])
     assert_same_curve(curves[1], curves[0], 1e-4)
     assert curves[1][-1]["skipped_steps"] == 1 and exported[0] == exported[1]
+
+
+def test_a_value_error_ends_the_run_unless_a_worker_died_too() -> None:
+    wrong, died = ValueError("the documents 05-lines"), RayActorError()
+    with pytest.raises(ValueError, match="05-lines"):
+        FailAtOnce().after_exception(None, {0: wrong, 1: ValueError("the same")})
+    FailAtOnce().after_exception(None, {0: wrong, 1: died})
+    FailAtOnce().after_exception(None, {1: died})
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -13,12 +13,13 @@ from ray.cluster_utils import Cluster
 
 import ray_jobs.train
 from cdm.config import StudentPool
+from cdm.config_methods import Alm
 from cdm.student import TrainingJob
 from ray_jobs.cluster import connect
 from ray_jobs.train import run_training
-from tests import distributed
+from tests import distributed, tiny
 from tests.distributed import read_metrics
-from tests.mortal import DOOMED, LIVES, mortal_worker, worker_on_a_doomed_node
+from tests.mortal import DOOMED, LIVES, healthy_worker, mortal_worker, worker_on_a_doomed_node
 from tests.training import assert_same_curve, assert_same_weights, tiny_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -72,6 +73,17 @@ def test_workers_that_die_and_hang_are_started_again_and_end_bit_for_bit(
     assert {m["step"] for m in curve} == set(range(1, 13))
     assert_same_weights(job.export, undisturbed[0].export)
     assert len(list((tmp_path / "run").glob("step_*"))) == job.optimisation.keep_checkpoints
+
+
+def test_what_a_restart_cannot_help_ends_the_run_at_once(tmp_path: Path) -> None:
+    """Every document is poisoned: the error names those of two steps, and nobody starts again."""
+    everything = [document.id for document in tiny.documents(48)]
+    job = replace(tiny_job(tmp_path / "job", poisoned=everything), method=Alm(type="alm"))
+    job = replace(job, optimisation=job.optimisation.model_copy(update={"max_skipped": 2}))
+    with connect(), pytest.raises(ValueError, match=r"^2 steps in a row .* with the documents \d\d-lines, ") as raised:
+        run(healthy_worker, job, StudentPool(workers=2, max_failures=3), tmp_path)
+    assert str(raised.value).endswith("look at their scores, or lower student.learning_rate")
+    assert len(lives(tmp_path / "run", 0)) == len(lives(tmp_path / "run", 1)) == 1
 
 
 # --- two nodes ---------------------------------------------------------------------------------------------------

@@ -309,6 +309,19 @@ def test_frozen_embeddings_stay(job: TrainingJob, tmp_path: Path) -> None:
     assert same == {"model.embed_tokens.weight"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "tolerance"), [({"activation_checkpointing": True}, 1e-6), ({"precision": "bfloat16"}, 0.05)]
+)
+def test_what_saves_memory_gives_the_same_curve(
+    job: TrainingJob, tmp_path: Path, settings: dict[str, Any], tolerance: float
+) -> None:
+    _, plain = run(job, tmp_path / "plain", steps=3)
+    done, saving = run(job, tmp_path / "saving", steps=3, **settings)
+    for name in ("loss", "ce", "kd"):
+        assert [m[name] for m in saving] == pytest.approx([m[name] for m in plain], rel=tolerance)
+    assert all(tensor.dtype == torch.float32 for tensor in weights(done.export).values())
+
+
 def test_compiled_blocks_give_the_same_curve(job: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as ever, but run by torch's own operators: C++ for a CPU takes a minute to compile."""
     compiled_blocks = []

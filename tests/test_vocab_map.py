@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,10 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from cdm import vocab_map as module
+from cdm.images import exact_map, prefix_map
 from cdm.spelling import most_edits, near_texts
 from cdm.tokenizers import load_tokenizer
-from cdm.vocab_map import VocabMap, build_vocab_map, cached_vocab_map, dynamic_on_device, exact_map, vocab_map_file
+from cdm.vocab_map import VocabMap, build_vocab_map, cached_vocab_map, dynamic_on_device, vocab_map_file
 from tests import slow_twins, tiny
 
 
@@ -27,6 +28,7 @@ class Vocabulary:
     pieces: tuple[bytes | None, ...]
     special_roles: dict[str, int] = field(default_factory=dict)
     name: str = "vocabulary"
+    byte_pieces: frozenset[int] = frozenset()
 
     @property
     def vocab_size(self) -> int:
@@ -54,6 +56,46 @@ def test_exact_map_by_hand() -> None:
     # lowest of two ids with the same bytes; eos and bos by role; the student has no end of turn
     assert exact_map(student, teacher).tolist() == [1, 0, 3, -1, -1, 4, 5]
     assert exact_map(teacher, student).tolist() == [1, 0, 1, 2, 5, 6]
+
+
+def test_a_byte_of_byte_fallback_is_a_twin_only_where_nothing_else_is() -> None:
+    student = replace(vocabulary(b"(", b"\n", b"b", b"("), byte_pieces=frozenset({0, 1}))
+    teacher = vocabulary(b"(", b"\n", b"b")
+    assert exact_map(student, teacher).tolist() == [0, 1, 2]
+    assert exact_map(student, teacher, "emitted").tolist() == [3, 1, 2]
+    assert exact_map(teacher, student, "emitted").tolist() == [0, 1, 2, 0]
+
+
+def test_byte_pieces_of_real_kinds_of_tokenizers(tmp_path: Path) -> None:
+    tiny.sentencepiece_tokenizer().save_pretrained(tmp_path / "sentencepiece")
+    tiny.byte_level_tokenizer().save_pretrained(tmp_path / "byte-level")
+    sentencepiece, byte_level = (load_tokenizer(str(tmp_path / kind)) for kind in ("sentencepiece", "byte-level"))
+    assert sorted(sentencepiece.token_bytes(i) for i in sentencepiece.byte_pieces) == [bytes([b]) for b in range(256)]
+    assert byte_level.byte_pieces == frozenset()
+    image = exact_map(sentencepiece, byte_level, "emitted")
+    ids, _ = byte_level.encode_with_ends("a(b")
+    emitted, _ = sentencepiece.encode_with_ends("a(b")
+    spelled = {sentencepiece.token_bytes(int(i)): int(i) for i in emitted}
+    for token in ids.tolist():
+        piece = byte_level.token_bytes(token)
+        assert piece not in spelled or image[token] == spelled[piece]
+
+
+def test_prefixes_by_hand() -> None:
+    student = vocabulary(b" token", b" tok", b"1", None, b"quick", eos=3)
+    teacher = vocabulary(b" tokenization", b" toks", b"123", b"z", None, b" tok", b"", eos=4)
+    assert prefix_map(student, teacher).tolist() == [0, 1, 2, -1, -1, 1, -1]
+    one_way = build_vocab_map(student, teacher, unmatched="prefix")
+    assert one_way.static.tolist() == [0, 1, 2, -1, 3, 1, -1]
+    assert one_way.exact.tolist() == [-1, -1, -1, -1, 3, 1, -1]
+    assert one_way.static_back.tolist() == [5, 5, -1, 4, -1] and len(one_way.graph.ids) == 0
+    top_t, top_s = np.array([[0, 2, 5]]), np.array([[0, 1, 2]])
+    assert one_way.dynamic(top_t, top_s).tolist() == [[0, 2, 1]]
+    assert one_way.reverse.dynamic(top_s, top_t).tolist() == [[5, 5, -1]]
+    assert one_way.reverse.dynamic(top_s, top_t[:, :2]).tolist() == [[-1, -1, -1]]  # the teacher's mass is unknown
+    for device_way, a, b in ((one_way, top_t, top_s), (one_way.reverse, top_s, top_t)):
+        on_device = dynamic_on_device(device_way, torch.from_numpy(a), torch.from_numpy(b))
+        assert on_device.tolist() == device_way.dynamic(a, b).tolist()
 
 
 def test_the_end_of_turn_comes_before_eos_where_one_token_is_both() -> None:
@@ -205,7 +247,7 @@ def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "FORMAT_VERSION", 0)
     build_vocab_map(vocabulary(b"a"), vocabulary(b"a")).save(tmp_path / "map.npz")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="version 0, not 1"):
+    with pytest.raises(ValueError, match="version 0, not 2"):
         VocabMap.load(tmp_path / "map.npz")
 
 
@@ -230,7 +272,7 @@ def test_the_cache_is_keyed_and_safe_when_several_ask(tmp_path: Path) -> None:
     made = path.stat().st_mtime_ns
     one_way = cached_vocab_map(*pair, 0.3, True, folder)
     assert path.stat().st_mtime_ns == made and (one_way.name_s, one_way.name_t) == (student, teacher)
-    build_vocab_map(*pair).save(tmp_path / "again.npz")
+    build_vocab_map(*pair, twins="emitted").save(tmp_path / "again.npz")
     assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
     others = {vocab_map_file(*pair, 0.2, True, folder), vocab_map_file(*pair, 0.3, False, folder)}
     others.add(vocab_map_file(pair[1], pair[0], 0.3, True, folder))
