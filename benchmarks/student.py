@@ -10,7 +10,8 @@ FOLDER holds tokenizers/gpt2, tokenizers/qwen2.5 and instructions/. Two cores; T
   nothing else to do. Tokens a CPU second do not mind, but waiting for one another is not in them.
 - `resume_overhead_s`: from the kill until the step that it hit is done. `checkpoint_stall_share`, `data_wait_share`: of
   the first worker's time in the loop, what it waited for a checkpoint's copy and for the next batch.
-- `padding_share`: of the cells of all micro-batches of 500 documents, at the config's defaults.
+- `padding_share`: of the cells of all micro-batches of 500 documents, at the config's defaults and at others.
+  `pairs_a_token`: what attention computes of them, at the defaults.
 - `over_gold`: `benchmarks.gold`.
 """
 
@@ -70,7 +71,7 @@ def measure() -> Iterator[tuple[str, Line]]:
     yield "A step", {"cdm_over_sft_time": steps["cdm"] / steps["sft"]}
     root = Path(tempfile.mkdtemp())
     job = in_fresh_process(prepared, root)
-    yield "Micro-batches at the defaults", {"padding_share": in_fresh_process(padding_share, root)}
+    yield "Micro-batches of 500 responses", in_fresh_process(padding, root)
     yield f"Ray Train, {STEPS} steps, one worker and two", workers(root, job)
 
 
@@ -185,25 +186,38 @@ def mortal_worker(config: dict[str, Any]) -> None:
 # --- padding -----------------------------------------------------------------------------------------------------
 
 
-def padding_share(root: Path) -> float:
-    """Of the cells of one epoch's micro-batches, as two workers hold them, those without a token."""
-    asked, folder = Optimisation(steps=1), str(root / "padding")
-    texts = runs.documents(runs.dolly())
-    corpus = str(root / "padding-corpus")
-    parts.write_part(corpus, runs.PARTS[0], table_of(texts))
+def padding(root: Path) -> Line:
+    """Of one epoch: at the config's defaults, with smaller micro-batches, with eight workers and more tokens."""
+    corpus, folder = str(root / "padding-corpus"), str(root / "padding")
+    parts.write_part(corpus, runs.PARTS[0], table_of(runs.documents(runs.dolly())))
     grouping = Grouping("exact", load_tokenizer(str(root / "student")))
-    table, _ = align_part(corpus, [], runs.PARTS[0], grouping, max_length=asked.max_length)
+    table, _ = align_part(corpus, [], runs.PARTS[0], grouping, max_length=Optimisation(steps=1).max_length)
     parts.write_part(folder, runs.PARTS[0], table, row_group_size=ROW_GROUP_DOCUMENTS)
     parts.finish(folder, {}, kind="aligned")
     data = AlignedData.open(folder, (), "train")
-    lengths, tokens, cells, rows = data.sizes["tokens_s"], 0, 0, 0
+    share, pairs = padded(data, Optimisation(steps=1), world=2)
+    return {
+        "padding_share": share,
+        "pairs_a_token": pairs,
+        "padding_share_micro_2048": padded(data, Optimisation(steps=1, micro_batch_tokens=2048), world=2)[0],
+        "padding_share_8_workers": padded(
+            data, Optimisation(steps=1, batch_tokens=131_072, micro_batch_tokens=8192), world=8
+        )[0],
+    }
+
+
+def padded(data: AlignedData, asked: Optimisation, world: int) -> tuple[float, float]:
+    """The share of an epoch's cells without a token; pairs of positions that attention takes, a token."""
+    lengths, tokens, cells, pairs, rows = data.sizes["tokens_s"], 0, 0, 0, 0
     for step in step_rows(data, seed=0, batch_tokens=asked.batch_tokens):
-        for chunk in micro_batches(step, lengths, world=2, micro_batch_tokens=asked.micro_batch_tokens):
+        for chunk in micro_batches(step, lengths, world=world, micro_batch_tokens=asked.micro_batch_tokens):
+            width = int(lengths[chunk].max(initial=0))
             tokens += int(lengths[chunk].sum())
-            cells += len(chunk) * int(lengths[chunk].max(initial=0))
+            cells += len(chunk) * width
+            pairs += len(chunk) * width**2
         rows += len(step)
         if rows >= len(data):
-            return 1 - tokens / cells
+            return 1 - tokens / cells, pairs / tokens
     raise AssertionError("an epoch ends")
 
 

@@ -19,13 +19,14 @@ def measure(config: Config) -> int:
 
 
 def miniature(config: Config) -> Config:
-    """The same models, methods and resources; little data, few steps, nothing tracked."""
+    """The same models, methods and resources; little data, few steps, no tasks, nothing tracked."""
     values: dict[str, Any] = config.model_dump(mode="json")
     documents = min(DOCUMENTS, config.corpus.max_documents or DOCUMENTS)
     engines = config.resources.teacher.actors
     values["storage"] = storage_path(config, MEASURED)
     values["tracking"] = {"type": "none"}
     values["search"] = None
+    values["evaluation"] |= {"tasks": [], "harness": []}
     values["corpus"] |= {
         "max_documents": documents,
         "part_documents": max(1, documents // (engines * PARTS_AN_ENGINE)),

@@ -18,6 +18,8 @@ from cdm.config_methods import Sft
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
+HERE = {"type": "jsonl", "path": __file__}
+
 SMALL: dict[str, Any] = {
     "name": "small",
     "corpus": {"type": "python_packages"},
@@ -120,7 +122,12 @@ WRONG: list[tuple[str, Any, str]] = [
     ("teachers.0.topk", 5, "teachers.0.topk: unknown key; did you mean top_k?"),
     ("baselines.0.alpha", 0.5, "baselines.0.alpha: unknown key; known here: type"),
     ("student.model.nam", "x", "student.model.nam: unknown key; did you mean name?"),
-    ("evaluation.model", "x", "evaluation.model: unknown key; known here: documents, samples, sample_tokens"),
+    (
+        "evaluation.model",
+        "x",
+        "evaluation.model: unknown key; known here: documents, samples, sample_tokens, tasks, engine, "
+        "max_length, harness, harness_limit",
+    ),
     # a wrong type
     ("seed", "four", "seed: expected a whole number, got 'four'"),
     ("seed", 0.5, "seed: expected a whole number, got 0.5"),
@@ -197,6 +204,11 @@ WRONG: list[tuple[str, Any, str]] = [
         "generation",
         {"temperature": 0, "samples": 4},
         "generation: temperature 0 gives the same response 4 times; set samples to 1",
+    ),
+    (
+        "evaluation",
+        {"tasks": [{"type": "final_number", "name": "g", "data": HERE, "max_tokens": 600}], "max_length": 600},
+        "config: evaluation.tasks.0.max_tokens 600 leaves no room for a prompt: evaluation.max_length is 600",
     ),
     (
         "generation",
