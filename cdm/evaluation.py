@@ -87,7 +87,7 @@ def evaluate_student(
         for key, values in read_sums(model, to_device(batch, device), of_piece).items():
             sums[key][chunk] = values.cpu().numpy()
         sums["bytes"][chunk] = [int(row.ends_s[-1]) if len(row.ends_s) else 0 for row in documents]
-    samples = tuple(_complete(inner, tokenizer_s, document, sample_tokens) for document in prompts)
+    samples = _completed(inner, tokenizer_s, prompts, sample_tokens)
     return _report(name, rows, sums, time.perf_counter() - began, samples)
 
 
@@ -188,6 +188,25 @@ def sample_prompts(corpus: str, rows: Sequence[Row], count: int) -> list[Documen
     wanted = [row.id for row in rows[:count]]
     found = {document.id: document for document in read_documents(corpus, "test-00000.parquet")}
     return [found[identity] for identity in wanted if identity in found]
+
+
+@torch.no_grad()
+def completions(
+    folder: str, *, revision: str | None, dtype: str, prompts: Sequence[Document], tokens: int
+) -> tuple[dict[str, str], ...]:
+    """What a model itself makes of prompts: {prompt, reference, completion} each. On a CPU in float32: other kernels
+    are compiled for each new shape there.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype if device.type == "cuda" else "float32"
+    model = load_model(folder, revision=revision, dtype=dtype).to(device).eval()
+    return _completed(model, load_tokenizer(folder, revision=revision), prompts, tokens)
+
+
+def _completed(
+    model: Any, tokenizer: Tokenizer, prompts: Sequence[Document], tokens: int
+) -> tuple[dict[str, str], ...]:
+    return tuple(_complete(model, tokenizer, document, tokens) for document in prompts)
 
 
 def _complete(model: Any, tokenizer: Tokenizer, document: Document, tokens: int) -> dict[str, str]:

@@ -60,6 +60,13 @@ def read_about(folder: str) -> dict[str, Any]:
     return json.loads((Path(folder) / ABOUT).read_text(encoding="utf-8"))
 
 
+def keep_about(folder: str) -> None:
+    """Leaves nothing of an exported student but how it was made."""
+    for file in Path(folder).iterdir():
+        if file.name != ABOUT:
+            file.unlink()
+
+
 def set_generation(model: Any, tokenizer: Tokenizer) -> None:
     """A response ends where the student was taught to end it, besides where the model's own settings say."""
     settings, roles = model.generation_config, tokenizer.special_roles

@@ -22,13 +22,17 @@ from cdm.journal import Series
 from cdm.trials import Trial, best_trial
 
 COLOURS = ("#3b82c4", "#d9822b", "#3f9e6b", "#c2517f", "#8a6fd1", "#7f8c3a")  # told apart by most eyes, on both grounds
+GREY = "#9aa3ad"  # what is there and not in question, on both grounds
 INK = "#5f6770"  # text and axes where the ground is white
 CURRENT = "#010203"  # stands for the page's own text colour in an SVG
 TERMS = (
     ("loss", "loss (nats)"), ("ce", "cross-entropy (nats a token)"), ("kd", "KD (nats a group)"),
     ("d1", "D1 (nats a group)"), ("d2", "D2 (nats a group)"), ("grad_norm", "gradient norm"),
 )  # fmt: skip
-MASSES = (("mass_exact", "exact"), ("mass_dynamic", "dynamic"), ("mass_unmapped", "unmapped"))
+MASSES = (
+    ("mass_exact", "exact", COLOURS[0]), ("mass_dynamic", "dynamic", COLOURS[1]),
+    ("mass_unmapped", "unmapped", GREY),
+)  # fmt: skip
 
 
 def svg(figure: Figure) -> str:
@@ -106,8 +110,9 @@ def coverage_figure(series: Series) -> Figure:
     for axes, key in zip(np.atleast_1d(figure.subplots(len(exact), 1)), exact, strict=True):
         prefix = key.removesuffix("mass_exact")
         steps = [step for step, _ in series[key]]
-        shares = [[value for _, value in series[f"{prefix}{name}"]] for name, _ in MASSES]
-        axes.stackplot(steps, shares, labels=[label for _, label in MASSES], colors=COLOURS[:3], alpha=0.85)
+        shares = [[value for _, value in series[f"{prefix}{name}"]] for name, _, _ in MASSES]
+        _, labels, colours = zip(*MASSES, strict=True)
+        axes.stackplot(steps, shares, labels=labels, colors=colours, alpha=0.85)
         axes.set_ylim(0, 1)
         _style(axes, "step", f"{prefix.rstrip('.')} teacher's mass (share a group)".strip())
         _legend(axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
@@ -172,6 +177,7 @@ def best_so_far_figure(trials: Sequence[Trial], section: Search) -> Figure:
     if finished:
         better = np.minimum.accumulate if section.mode == "min" else np.maximum.accumulate
         numbers, values = zip(*finished, strict=True)
+        numbers, values = (*numbers, numbered[-1][0]), (*values, values[-1])  # up to the last trial
         axes.step(numbers, better(values), where="post", color=COLOURS[2], linewidth=1.4, label="best so far")
     _style(axes, "trial, in the order they began", section.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -205,8 +211,8 @@ def parallel_figure(trials: Sequence[Trial], section: Search) -> Figure:
         heights = [column[0][number] for column in columns.values()] + [metric[number]]
         quality = metric[number] if section.mode == "max" else 1 - metric[number]
         finished, width = trial.state == "finished", 3.0 if trial is best else 1.2
-        colour = COLOURS[2] if trial is best else COLOURS[0] if finished else INK
-        axes.plot(heights, color=colour, alpha=0.35 + 0.6 * quality if finished else 0.25, linewidth=width)
+        colour = COLOURS[2] if trial is best else COLOURS[0] if finished else GREY
+        axes.plot(heights, color=colour, alpha=0.35 + 0.6 * quality if finished else 0.45, linewidth=width)
     ends = [column[1] for column in columns.values()] + [(_short(low), _short(high))]
     for place, (bottom, top) in enumerate(ends):
         axes.axvline(place, color=INK, linewidth=0.8)

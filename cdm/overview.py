@@ -27,7 +27,7 @@ from cdm.page import Section, alignments, page, side_by_side, table
 from cdm.records import EvalReport
 from cdm.report import Columns
 from cdm.text_view import visible
-from cdm.trials import Trial, ranked
+from cdm.trials import Trial, ranked, short_names
 
 MAPPINGS_SHOWN = 25
 
@@ -72,7 +72,8 @@ def pipeline_page(seen: Reviewed) -> str:
             Section(
                 "Dynamic mappings",
                 "Teacher tokens without a twin, and the student's near spellings that took their mass. Mass: the "
-                "teacher's probability, summed over groups of the test split.",
+                "teacher's probability, summed over groups of the test split. Example: the text around the place (▌) "
+                "where the teacher gave it most.",
                 _mappings(seen.reports[-1]),
             )
         )
@@ -108,8 +109,9 @@ def _subtitle(seen: Reviewed) -> str:
 
 def _mappings(report: EvalReport) -> str:
     shown = report.mappings[:MAPPINGS_SHOWN]
-    columns = {key: [visible(str(one[key])) for one in shown] for key in ("teacher", "student")}
-    return table(columns | {key: [one[key] for one in shown] for key in ("mass", "groups")})
+    columns: Columns = {key: [visible(str(one[key])) for one in shown] for key in ("teacher", "student")}
+    columns |= {key: [one[key] for one in shown] for key in ("mass", "groups")}
+    return table(columns | {"example": [visible(str(one["example"])) for one in shown]})
 
 
 def _completions(reports: Sequence[EvalReport]) -> list[Section]:
@@ -135,7 +137,8 @@ def search_page(config: Config, section: Search, trials: Sequence[Trial], shares
     }
     if section.seeds > 1:
         columns["spread over seeds"] = [trial.spread for trial in first]
-    columns |= {name: [trial.parameters[name] for trial in first] for name in section.space}
+    for name, shown in short_names(section).items():
+        columns[shown] = [trial.parameters[name] for trial in first]
     found = [
         Section(
             "Trials", "The best first; a trial that was stopped has the figure of its last validation.", table(columns)
@@ -151,7 +154,8 @@ def search_page(config: Config, section: Search, trials: Sequence[Trial], shares
     if shares:
         note = "How much of the metric's variance over finished trials each key explains; of few trials a hint."
         found.append(Section("Importance", note, svg(importance_figure(shares))))
-    subtitle = f"{len(trials)} trials, {section.searcher}, {section.scheduler}, {section.seeds} seed(s) a trial"
+    seeds = "1 seed" if section.seeds == 1 else f"{section.seeds} seeds"
+    subtitle = f"{len(trials)} trials, {section.searcher}, {section.scheduler}, {seeds} a trial"
     return page(f"{config.name}: search", subtitle, found)
 
 

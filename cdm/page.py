@@ -32,7 +32,7 @@ th { color: var(--dim); font-weight: 500; } td.number, th.number { text-align: r
 svg { display: block; height: auto; max-width: 100%; }
 code, pre, .groups { font-family: ui-monospace, monospace; font-size: .82rem; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 4px; margin: 0; min-width: 15rem;
-  overflow-wrap: anywhere; padding: .5rem .7rem; white-space: pre-wrap; }
+  max-height: 18rem; overflow: auto; overflow-wrap: anywhere; padding: .5rem .7rem; white-space: pre-wrap; }
 .groups { display: flex; flex-wrap: wrap; gap: 2px; margin: .5rem 0 1.25rem; }
 .group { border: 1px solid var(--line); border-radius: 3px; line-height: 1.55; white-space: pre; }
 .group.many { border-color: var(--ink); }

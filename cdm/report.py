@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cdm.export import ABOUT, read_about
+from cdm.journal import Series
 from cdm.records import EvalReport
 from cdm.scores import held_out_scores
 
@@ -45,6 +46,17 @@ def _about(folder: str | None) -> dict[str, Any]:
     return read_about(folder) if folder and (Path(folder) / ABOUT).exists() else {}
 
 
+def checkpoints(folder: str, series: Series) -> Columns:
+    """The checkpoints that a training run left in its folder: where each is, and the figures of its step."""
+    found = sorted(Path(folder).glob("step_*"))
+    steps = [int(path.name.removeprefix("step_")) for path in found]
+    columns: Columns = {"step": steps, "path": [str(path) for path in found]}
+    for name in ("loss", *(name for name in series if name.startswith("validation_"))):
+        at = dict(series.get(name, []))
+        columns[name] = [at.get(step) for step in steps]
+    return columns
+
+
 def print_results(columns: Columns, console: Console, title: str = "Held-out documents") -> None:
     """A table in which half the width of an interval stands behind its value."""
     shown = with_half_widths(columns)
@@ -67,6 +79,14 @@ def with_half_widths(columns: Columns) -> Columns:
         else:
             shown[name] = list(values)
     return shown
+
+
+def description(columns: Columns) -> str:
+    """What MLflow shows on a run's first page: a table in Markdown, and where the rest is."""
+    shown = with_half_widths(columns)
+    rows = [list(shown), ["---"] * len(shown), *map(list, zip(*shown.values(), strict=True))]
+    lines = [f"| {' | '.join(_cell(value) for value in row)} |" for row in rows]
+    return "\n".join([*lines, "", "All there is to see: `overview.html` under *Artifacts*."])
 
 
 def _cell(value: Any) -> str:
@@ -107,3 +127,8 @@ def samples_table(reports: Sequence[EvalReport]) -> Columns:
         if report.samples:
             columns[report.name] = [sample["completion"] for sample in report.samples]
     return columns
+
+
+def mappings_table(report: EvalReport) -> Columns:
+    """The dynamic mappings that moved most mass (`cdm.mappings`), a row each."""
+    return {key: [one[key] for one in report.mappings] for key in report.mappings[0]}

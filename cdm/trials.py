@@ -126,9 +126,7 @@ def read_importance(folder: str) -> dict[str, float]:
 def print_trials(trials: Sequence[Trial], section: Search, shares: Mapping[str, float], console: Console) -> None:
     """All trials, the best first, and the importance of the keys."""
     table = Table(title="Trials", title_justify="left")
-    names = {name: name.rpartition(".")[2] for name in section.space}
-    if len(set(names.values())) < len(names):
-        names = {name: name for name in names}
+    names = short_names(section)
     columns = ("trial", "state", "steps", section.metric, *(["spread"] if section.seeds > 1 else []), *names.values())
     for column in columns:
         table.add_column(column, justify="left" if column in ("trial", "state") else "right")
@@ -139,6 +137,12 @@ def print_trials(trials: Sequence[Trial], section: Search, shares: Mapping[str, 
     console.print(table)
     if shares:
         console.print("importance: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()), markup=False)
+
+
+def short_names(section: Search) -> dict[str, str]:
+    """The keys of a space by their last parts, where these tell them apart."""
+    names = {name: name.rpartition(".")[2] for name in section.space}
+    return names if len(set(names.values())) == len(names) else {name: name for name in names}
 
 
 def _cell(value: Any) -> str:

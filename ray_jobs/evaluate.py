@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from cdm.config import StudentPool
-from cdm.evaluation import evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.config import StudentPool, TeacherPool
+from cdm.config_models import AnyEngine, TransformersEngine
+from cdm.evaluation import completions, evaluate_student, evaluate_teacher, held_out, sample_prompts
 from cdm.mappings import mappings_that_fired
 from cdm.records import EvalReport
 from cdm.tokenizers import load_tokenizer
@@ -22,15 +23,17 @@ MAPPED = 64  # documents whose dynamic mappings are counted
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """What every model is measured on. tokenizer_t: name and revision of the first teacher's.
+    """What every model is measured on. teacher: folder or hub name and revision of the first one.
 
+    teacher_dtype: of its weights when it completes prompts; None: it is too large for one worker and does not.
     maps: of the students whose dynamic mappings are counted, by name: the first teacher's map and the top k.
     """
 
     corpus: str
     aligned: str
     shards: tuple[str, ...]
-    tokenizer_t: tuple[str, str | None]
+    teacher: tuple[str, str | None]
+    teacher_dtype: str | None
     documents: int
     samples: int
     sample_tokens: int
@@ -44,21 +47,45 @@ def evaluate(
     students: Mapping[str, tuple[str, str | None]],
     pool: StudentPool,
     on_progress: Callable[[int], None],
+    teacher_pool: TeacherPool | None = None,
 ) -> list[EvalReport]:
-    """The teacher's report and one a student (folder or hub name, revision), in the order given."""
+    """The teacher's report and one a student (folder or hub name, revision), in the order given.
+
+    teacher_pool: where the teacher completes the prompts too.
+    """
     task = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, resources=pool.custom or None)(_evaluate_one)
     pending = [task.remote(job, name, *model, pool.cpus) for name, model in students.items()]
-    reports = [evaluate_teacher(teacher, held_out(job.aligned, job.shards, job.documents))]
+    samples: tuple[dict[str, str], ...] = ()
+    if job.samples and job.teacher_dtype is not None and teacher_pool is not None:
+        cpus, gpus, custom = teacher_pool.cpus, teacher_pool.gpus, teacher_pool.custom or None
+        completing = ray.remote(num_cpus=cpus, num_gpus=gpus, resources=custom)(_complete_teacher)
+        samples = ray.get(completing.remote(job, cpus))
+    report = evaluate_teacher(teacher, held_out(job.aligned, job.shards, job.documents))
+    reports = [replace(report, samples=samples)]
     for done, one in enumerate(pending):
         reports.append(ray.get(one))
         on_progress(done + 2)
     return reports
 
 
+def completing_dtype(engine: AnyEngine) -> str | None:
+    """Of a teacher that completes prompts without its engine, whose start a few completions do not pay."""
+    alone = isinstance(engine, TransformersEngine) or engine.tensor_parallel_size == 1
+    return engine.dtype if alone else None
+
+
+def _complete_teacher(job: EvaluationJob, cpus: float) -> tuple[dict[str, str], ...]:
+    use_cpus(cpus)
+    path, revision = job.teacher
+    prompts = sample_prompts(job.corpus, held_out(job.aligned, job.shards, job.samples), job.samples)
+    assert job.teacher_dtype is not None
+    return completions(path, revision=revision, dtype=job.teacher_dtype, prompts=prompts, tokens=job.sample_tokens)
+
+
 def _evaluate_one(job: EvaluationJob, name: str, folder: str, revision: str | None, cpus: float) -> EvalReport:
     use_cpus(cpus)
     rows = held_out(job.aligned, job.shards, job.documents)
-    tokenizer_t = load_tokenizer(job.tokenizer_t[0], revision=job.tokenizer_t[1])
+    tokenizer_t = load_tokenizer(job.teacher[0], revision=job.teacher[1])
     report = evaluate_student(
         name,
         folder,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from ray.exceptions import RayError
 from ray.train import TrainingFailedError
 
@@ -48,7 +49,16 @@ from cdm.overview import Reviewed, compare_page, pipeline_page, search_page
 from cdm.page import Section
 from cdm.preflight import device_bytes, memory_problems
 from cdm.progress import console
-from cdm.report import Columns, print_results, print_samples, results, results_figure, samples_table
+from cdm.report import (
+    Columns,
+    description,
+    mappings_table,
+    print_results,
+    print_samples,
+    results,
+    results_figure,
+    samples_table,
+)
 from cdm.score_view import score_sections
 from cdm.scores import (
     HELD_OUT,
@@ -62,7 +72,7 @@ from cdm.scores import (
 )
 from cdm.search import search_section, trial_config
 from cdm.tracking import code_version
-from cdm.trials import BEST, Trial, best_trial, print_trials, read_importance
+from cdm.trials import BEST, Trial, best_trial, print_trials, ranked, read_importance
 from ray_jobs.cluster import IN_JOB, check_pool, connect, root_cause
 from ray_jobs.compare import compare, compare_problems, open_comparison
 from ray_jobs.runs import short, what_is_asked
@@ -78,8 +88,11 @@ def show(pipeline: Pipeline) -> None:
     print_results(columns, console)
     scored, compared = show_scores(pipeline)
     print_samples(reports[-1], console)
+    run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.table("results", columns)
     run.table("samples", samples_table(reports))
+    if reports[-1].mappings:
+        run.table("mappings", mappings_table(reports[-1]))
     run.figure("results.png", results_figure(columns))
     show_runs(pipeline, columns, score_sections(scored, compared))
     for report in reports:
@@ -227,6 +240,10 @@ def _compare(config: Config) -> None:
 
 def show_search(run: Journal, trials: list[Trial], section: Search, shares: dict[str, float]) -> None:
     """The figures of a search, as artefacts of its run."""
+    shown = ranked(trials, section)[:10]
+    columns: Columns = {name: [getattr(trial, name) for trial in shown] for name in ("id", "state", "step")}
+    columns |= {section.metric: [None if trial.value is None else round(trial.value, 4) for trial in shown]}
+    run.tags({MLFLOW_RUN_NOTE: description(columns)})
     run.figure("parallel.png", parallel_figure(trials, section))
     run.figure("best_so_far.png", best_so_far_figure(trials, section))
     if shares:

@@ -6,6 +6,7 @@ workers start all together or wait) and passes its validations on. Whatever tria
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from cdm import parts
 from cdm.checkpoints import Metrics
 from cdm.config import Config, ConfigError, storage_path
 from cdm.config_search import AnyDistribution, Choice, Int, LogUniform, Search
+from cdm.export import ABOUT, keep_about, read_about
 from cdm.journal import Journal, RunRef, read_events
 from cdm.progress import StageView, skipped
 from cdm.search import (
@@ -43,7 +45,7 @@ from cdm.validation import VALIDATION_METRICS
 from ray_jobs.cluster import check_pool
 from ray_jobs.runs import open_top_run, short, what_is_asked
 from ray_jobs.stages import Pipeline
-from ray_jobs.train import run_training
+from ray_jobs.train import Bookings, run_training
 
 STATE = "tune"  # what Tune knows, beside the trials' folders
 FAILED = "failed"
@@ -59,13 +61,16 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Shared:
-    """What every trial is given. `ready`: a job a combination of the values that earlier stages read."""
+    """What every trial is given. `ready`: a job a combination of the values that earlier stages read; `bookings`: an
+    actor of the search's driver, `ray_jobs.train.Bookings`.
+    """
 
     config: Config
     identity: str
     folder: str
     run: RunRef
     ready: dict[str, TrainingJob]
+    bookings: Any
 
 
 def search_problems(config: Config) -> list[str]:
@@ -74,8 +79,6 @@ def search_problems(config: Config) -> list[str]:
         found = space_problems(config)
     except ConfigError as error:
         return error.problems
-    if config.student.best is not None and config.student.best.patience is not None:
-        found.append("student.best.patience: leave stopping early to search.scheduler")
     metric = search_section(config).metric
     if metric not in VALIDATION_METRICS:
         found.append(f"search.metric: {metric!r} is not known; one of {', '.join(VALIDATION_METRICS)}")
@@ -94,7 +97,8 @@ def search(config: Config, run: Journal, identity: str) -> tuple[str, list[Trial
         skipped("search", folder)
         return folder, trials
     os.environ.update(ENVIRONMENT)
-    shared = Shared(config, identity, folder, run.ref, prepared(config, run))
+    bookings = Bookings.remote()  # type: ignore[attr-defined]
+    shared = Shared(config, identity, folder, run.ref, prepared(config, run), bookings)
     with StageView("search", "trials", trial_count(section)) as view:
         _Watcher.view, _Watcher.ended = view, []
         _tuner(section, shared).fit()
@@ -163,21 +167,20 @@ def run_trial(parameters: dict[str, Any], shared: Shared) -> None:
 
 def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Journal) -> dict[str, Any]:
     section, config = search_section(shared.config), trial_config(shared.config, parameters)
-    ready, steps = shared.ready[preparation_key(section, parameters)], config.student.steps
+    ready = shared.ready[preparation_key(section, parameters)]
     weights = tuple(teacher.weight for teacher in config.teachers)
-    finals, seconds = [], 0.0
+    made = []
     for number in range(section.seeds):
         of_seed = run if number == 0 else trial_run(shared, f"{folder.name}-seed{number}", run.ref)
-        validations = _Validations(of_seed.ref, section.metric, steps, report=number == 0)
         job = replace(
             ready, optimisation=config.student, method=config.method, weights=weights,
             seed=config.student_seed + number, documents=config.student.max_documents,
             export=str(folder / f"student-{number}"),
             lora=config.student.lora, freeze_embeddings=config.student.freeze_embeddings,
         )  # fmt: skip
+        validations = _Validations(of_seed.ref, section.metric, config.student.steps, report=number == 0)
         validations.read()
-        # Of the first seed the student is wanted, of the others the figure alone.
-        if not (validations.complete if number else Path(job.export).exists()):
+        if not Path(job.export, ABOUT).exists():
             run_training(
                 job,
                 config.resources.student,
@@ -185,28 +188,39 @@ def _run_seeds(parameters: dict[str, Any], shared: Shared, folder: Path, run: Jo
                 name=f"run-{number}",
                 run=of_seed.ref,
                 on_metrics=validations.on_metrics,
+                bookings=shared.bookings,
             )
-        validations.read()
-        finals.append(validations.final())
-        seconds += validations.seconds
+            validations.read()
+        made.append(read_about(job.export))
         shutil.rmtree(folder / f"run-{number}", ignore_errors=True)
-        if number:
+        if number:  # of the first seed the student is wanted, of the others the figures alone
             of_seed.close()
-            shutil.rmtree(job.export, ignore_errors=True)
+            keep_about(job.export)
+    values = [_figure(about, section.metric) for about in made]
     return {
-        "step": steps, section.metric: float(np.mean(finals)), "spread": float(np.std(finals)),
-        "seconds": seconds, "finished": True,
+        "step": made[0]["steps"], section.metric: float(np.mean(values)), "spread": float(np.std(values)),
+        "seconds": sum(about["seconds"] for about in made), "finished": True,
     }  # fmt: skip
 
 
+def _figure(about: dict[str, Any], metric: str) -> float:
+    """A figure of an exported student. Raises ValueError where it was not measured, or is not finite."""
+    value = about["figures"].get(metric, math.nan)
+    if not math.isfinite(value):
+        raise ValueError(f"search.metric: {metric} of the student is {value}; was it measured with this method?")
+    return float(value)
+
+
 class _Validations:
-    """The validations of a run, read off its log as they come; all but the last are reported to Tune."""
+    """The validations of a run, read off its log as they come; all but that of the last step are reported to Tune.
+
+    The trial's last report has the figures of the students that were exported instead.
+    """
 
     def __init__(self, run: RunRef, metric: str, steps: int, *, report: bool) -> None:
         self._path, self._offset = Path(run.folder, "worker.jsonl"), 0
         self._metric, self._steps, self._report = metric, steps, report
-        self._values: dict[int, float] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
 
     def on_metrics(self, step: int, metrics: Metrics) -> None:
         """Whatever is said of a step, all that the log has is read: a report is never skipped."""
@@ -215,22 +229,10 @@ class _Validations:
     def read(self) -> None:
         events, self._offset = read_events(self._path, self._offset)
         for logged in (event["metrics"] for event in events if "metrics" in event):
-            self.seconds = logged["values"].get("seconds", self.seconds)
-            if self._metric in logged["values"]:
-                step, value = logged["step"], logged["values"][self._metric]
-                self._values[step] = value
-                if self._report and step < self._steps:
-                    tune.report({"step": step, self._metric: value, "seconds": self.seconds, "finished": False})
-
-    @property
-    def complete(self) -> bool:
-        return self._steps in self._values
-
-    def final(self) -> float:
-        """Raises ValueError where the log lacks the last one: it was taken away from a run that had ended."""
-        if not self.complete:
-            raise ValueError(f"{self._path}: no {self._metric} at step {self._steps}")
-        return self._values[self._steps]
+            self._seconds = logged["values"].get("seconds", self._seconds)
+            value = logged["values"].get(self._metric)
+            if self._report and value is not None and logged["step"] < self._steps:
+                tune.report({"step": logged["step"], self._metric: value, "seconds": self._seconds, "finished": False})
 
 
 def trial_folder(folder: str, trial: str) -> Path:
@@ -315,7 +317,7 @@ class _Watcher(tune.Callback):
     ended: ClassVar[list[Any]]
 
     def __init__(self, section: Search, shared: Shared) -> None:
-        self._section, self._shared = section, replace(shared, ready={})
+        self._section, self._shared = section, replace(shared, ready={}, bookings=None)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -352,8 +354,9 @@ class _Watcher(tune.Callback):
 
 
 def _note(trials: Sequence[Trial], section: Search) -> str:
-    best = best_trial(trials, section)
-    return "" if best is None else f"best {best.value:.4f} ({best.id})"
+    best, failed = best_trial(trials, section), sum(trial.state == "failed" for trial in trials)
+    said = [f"best {best.value:.4f} ({best.id})"] if best is not None else []
+    return ", ".join(said + ([f"{failed} failed"] if failed else []))
 
 
 def _trial(found: Any, section: Search) -> Trial:

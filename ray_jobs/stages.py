@@ -27,12 +27,13 @@ from cdm.models import build_model, model_identity
 from cdm.preflight import SAMPLE, check_coverage, coverage, say_mass
 from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
+from cdm.report import checkpoints
 from cdm.student import TrainingJob
 from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment
 from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import Sides, align
-from ray_jobs.evaluate import EvaluationJob, evaluate
+from ray_jobs.evaluate import EvaluationJob, completing_dtype, evaluate
 from ray_jobs.generate import generate, generation_identity
 from ray_jobs.runs import open_top_run, short, what_is_asked
 from ray_jobs.score import score
@@ -321,17 +322,19 @@ class Pipeline:
     def _train(self, title: str, job: TrainingJob, identity: str) -> None:
         run = self.training_run(title, job, identity)
         Path(job.export).parent.mkdir(parents=True, exist_ok=True)
+        folder, name = self.folder("runs"), f"{job.method.type}-{identity}"
         with closing(run), StageView(title, "steps", job.optimisation.steps) as view:
             nodes = run_training(
                 job,
                 self.config.resources.student,
-                folder=self.folder("runs"),
-                name=f"{job.method.type}-{identity}",
+                folder=folder,
+                name=name,
                 run=run.ref,
                 on_metrics=lambda step, metrics: view.update(step, _metrics_note(metrics)),
             )
             run.tags({"cdm.nodes": ", ".join(nodes)})
             view.update(read_about(job.export)["steps"])
+            run.table("checkpoints", checkpoints(f"{folder}/{name}", run_series(run.ref.folder)))
 
     # --- evaluation
 
@@ -362,7 +365,8 @@ class Pipeline:
         asked, teacher = self.config.evaluation, self.teachers[0]
         aligned = self.align(self.corpus, self.student, self.shards, self.config.student.max_length)
         return EvaluationJob(
-            corpus=self.corpus, aligned=aligned, shards=self.shards, tokenizer_t=(teacher.path, teacher.revision),
+            corpus=self.corpus, aligned=aligned, shards=self.shards, teacher=(teacher.path, teacher.revision),
+            teacher_dtype=completing_dtype(self.config.teachers[0].engine),
             documents=asked.documents, samples=asked.samples, sample_tokens=asked.sample_tokens,
             micro_batch_tokens=self.config.student.micro_batch_tokens, maps={},
         )  # fmt: skip
@@ -372,7 +376,9 @@ class Pipeline:
         """The teacher, the student before, and each trained student, on the same documents."""
         students, job = self.students, self.evaluation_job()
         names = {name: Path(folder).name for name, folder in students.items()}
-        identity = short(self.config.evaluation, parts.read_manifest(job.aligned).fingerprint, names)
+        identity = short(
+            self.config.evaluation, parts.read_manifest(job.aligned).fingerprint, names, self.teachers[0].identity
+        )
         file = Path(self.folder("reports", f"{identity}.json"))
         if file.exists():
             skipped("evaluate", str(file))
@@ -383,7 +389,8 @@ class Pipeline:
             folders[BEFORE] = (self.student.path, self.student.revision)
         run = self.experiment.run("evaluate", "evaluate", identity, self.run.ref)
         with closing(run), StageView("evaluate", "models", len(students) + 1) as view:
-            reports = evaluate(job, f"teacher, {self.teachers[0].name}", folders, pool, on_progress=view.update)
+            name, pool_t = f"teacher, {self.teachers[0].name}", self.config.resources.teacher
+            reports = evaluate(job, name, folders, pool, on_progress=view.update, teacher_pool=pool_t)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.exceptions import RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 from ray.train import (
     Checkpoint,
     CheckpointConfig,
@@ -23,6 +24,7 @@ from ray.train import (
     UserCallback,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import PlacementGroup, get_current_placement_group, remove_placement_group
 
 from cdm.checkpoints import Metrics, Write, finish
 from cdm.config import StudentPool
@@ -113,6 +115,27 @@ class Board:
         return *self._last, self._nodes
 
 
+@ray.remote(num_cpus=0)
+class Bookings:
+    """What the workers of runs have booked, given back when the process that started a run is gone.
+
+    Ray keeps a placement group until its whole job ends. Ray Train has a cleaner, but that asks a dashboard, and finds
+    none where Ray is embedded or several run on the machine. An actor of the driver's; a call a run.
+    """
+
+    async def watch(self, board: Any, group: PlacementGroup) -> None:
+        """`board` dies with the process that made it, and so does the controller of the run."""
+        while True:
+            try:
+                await board.read.remote()
+            except ActorDiedError:
+                remove_placement_group(group)
+                return
+            except ActorUnavailableError:  # its node does not answer for a moment
+                pass
+            await asyncio.sleep(POLL_SECONDS)
+
+
 def run_training(
     job: TrainingJob,
     pool: StudentPool,
@@ -121,10 +144,12 @@ def run_training(
     name: str,
     run: RunRef | None,
     on_metrics: OnMetrics,
+    bookings: Any = None,
 ) -> list[str]:
     """Trains on the pool's workers until the student is exported; resumes what `folder/name` holds.
 
-    Returns the addresses of the nodes that its workers were on.
+    Returns the addresses of the nodes that its workers were on. `bookings`: an actor `Bookings`, for a process that may
+    die before those that work on Ray together with it.
 
     Workers that die or hang are started again from the last checkpoint, `pool.max_failures` times; then
     ray.train.TrainingFailedError. With `pool.min_workers` there may be fewer of them than were asked for.
@@ -132,6 +157,7 @@ def run_training(
     """
     board = Board.options(**beside_me()).remote()  # type: ignore[attr-defined]
     work = {"job": job, "run": run, "board": board, "cpus": pool.cpus, "folder": os.path.join(folder, name)}
+    work |= {"bookings": bookings}
     trainer = TorchTrainer(
         _worker,
         train_loop_config=work,
@@ -166,6 +192,8 @@ def _worker(config: dict[str, Any]) -> None:
     use_cpus(config["cpus"])
     config["board"].join.remote(my_address())
     first = ray.train.get_context().get_world_rank() == 0
+    if first and config["bookings"] is not None:
+        config["bookings"].watch.remote(config["board"], get_current_placement_group())
     tracker = open_run(config["run"] if first else None)
 
     def on_metrics(step: int, metrics: Metrics) -> None:

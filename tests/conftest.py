@@ -66,6 +66,7 @@ TOGETHER = {
     "tests/test_search_job.py": "tests/test_pipeline.py",
     "tests/test_plan_command.py": "tests/test_pipeline.py",
     "tests/test_compare_job.py": "tests/test_pipeline.py",
+    "tests/test_ui.py": "tests/test_pipeline.py",
     "tests/test_exactness.py": "tests/test_golden.py",
     "tests/test_tokenizers.py": "tests/test_golden.py",
 }

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from cdm import parts, shards
 from cdm.batches import align_part
 from cdm.corpus import table_of
-from cdm.evaluation import _images, evaluate_student, evaluate_teacher, held_out, sample_prompts
+from cdm.evaluation import _images, completions, evaluate_student, evaluate_teacher, held_out, sample_prompts
 from cdm.grouping import Grouping
-from cdm.mappings import mappings_that_fired
+from cdm.mappings import BEFORE, PLACE, mappings_that_fired
 from cdm.records import Alignment, Document
 from cdm.teacher import TeacherScorer
 from cdm.tokenizers import Tokenizer, load_tokenizer
@@ -134,6 +134,13 @@ def test_samples_are_completions_of_held_out_prompts(world: dict) -> None:
     assert all(len(sample["completion"]) < 100 for sample in report.samples)
 
 
+def test_a_teachers_completions_are_a_students_of_the_same_folder(world: dict) -> None:
+    prompts = sample_prompts(world["corpus"], world["rows-student"], 2)
+    report = evaluate(world, "student", prompts=prompts, sample_tokens=5)
+    alone = completions(world["student"], revision=None, dtype="float32", prompts=prompts, tokens=5)
+    assert alone == report.samples
+
+
 def test_without_a_shared_byte_there_is_no_agreement(world: dict) -> None:
     none = np.zeros(1, np.int32)
     alone = [replace(row, alignments=(Alignment(none, none),)) for row in world["rows-student"]]
@@ -142,11 +149,12 @@ def test_without_a_shared_byte_there_is_no_agreement(world: dict) -> None:
 
 
 @torch.no_grad()
-def slow_mappings(world: dict, map_path: str, top_k: int) -> dict[tuple[int, int], tuple[float, int]]:
-    """One document and one group at a time: (teacher id, student id) -> (mass, groups)."""
+def slow_mappings(world: dict, map_path: str, top_k: int) -> dict[tuple[int, int], list[tuple[float, str]]]:
+    """One document and one group at a time: (teacher id, student id) -> (mass, text before) of every group."""
     vocab_map = VocabMap.load(map_path)
     model = AutoModelForCausalLM.from_pretrained(world["student"], dtype=torch.float32)
-    found: dict[tuple[int, int], tuple[float, int]] = {}
+    found: dict[tuple[int, int], list[tuple[float, str]]] = {}
+    texts = {document.id: document.response.encode() for document in world["documents"]}
     for row in world["rows-student"]:
         logits = model(torch.tensor([[*row.prompt_s.tolist(), *row.ids_s.tolist()]])).logits[0]
         scores = row.scores[0]
@@ -156,8 +164,8 @@ def slow_mappings(world: dict, map_path: str, top_k: int) -> dict[tuple[int, int
             images = vocab_map.dynamic(ids_t[None], top_s[None])[0]
             for token, image, logp in zip(ids_t, images, scores.topk_logp_t[t], strict=True):
                 if image >= 0 and token >= 0 and vocab_map.exact[token] < 0:
-                    mass, groups = found.get((int(token), int(image)), (0.0, 0))
-                    found[int(token), int(image)] = (mass + math.exp(logp), groups + 1)
+                    before = texts[row.id][: row.ends_s[s - 1] if s else 0].decode("utf-8", "replace")
+                    found.setdefault((int(token), int(image)), []).append((math.exp(logp), before))
     return found
 
 
@@ -175,5 +183,10 @@ def test_the_mappings_that_fired_are_the_slow_twins(world: dict) -> None:
     expected = {(text(teacher, t), text(student, s)): value for (t, s), value in slow.items()}
     assert len(found) >= 3 and [one["mass"] for one in found] == sorted((one["mass"] for one in found), reverse=True)
     for one in found:
-        mass, groups = expected[str(one["teacher"]), str(one["student"])]
-        assert one["mass"] == pytest.approx(mass, abs=1e-3) and one["groups"] == groups
+        groups = expected[str(one["teacher"]), str(one["student"])]
+        assert one["mass"] == pytest.approx(sum(mass for mass, _ in groups), abs=1e-3) and one["groups"] == len(groups)
+        most = max(mass for mass, _ in groups)
+        before = str(one["example"]).partition(PLACE)[0]
+        assert any(
+            text.endswith(before) and len(before) == min(len(text), BEFORE) for m, text in groups if m > most - 1e-6
+        )

@@ -7,6 +7,7 @@ import random
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from cdm.journal import Series
 from cdm.overview import Reviewed, pipeline_page, search_page
 from cdm.page import alignment, side_by_side, table
 from cdm.records import Alignment, EvalReport, ScoredDocument
+from cdm.report import checkpoints, description, mappings_table
 from cdm.trials import Trial
 from tests.test_config import SMALL, changed
 
@@ -112,7 +114,7 @@ def row() -> tuple[Row, str]:
 def reviewed(**changes: Any) -> Reviewed:
     config = parse_config(SMALL)
     sample = {"prompt": "def <f>():", "reference": "return 1", "completion": "pass & <return>"}
-    mappings = ({"teacher": " color", "student": " colour", "mass": 1.5, "groups": 3},)
+    mappings = ({"teacher": " color", "student": " colour", "mass": 1.5, "groups": 3, "example": "a▌ b"},)
     reports = [
         EvalReport("teacher, t", 2.5, 1.0, 9, 900, 0, 0.1),
         EvalReport("student, cdm", 2.75, 0.5, 9, 900, 300, 0.4, (sample,), mappings),
@@ -193,3 +195,26 @@ def test_an_alignment_has_every_token_in_its_group() -> None:
 def test_texts_are_no_html() -> None:
     assert "<b>" not in table({"a": ["<b>"], "n": [None]}) + side_by_side({"<b>": "<b>"})
     assert "class=number>1,235<" in table({"n": [1234.6]})
+
+
+def test_a_description_is_the_table_in_markdown() -> None:
+    head, rule, first, second, *_ = description({"model": ["a", "b"], "bits per byte": [2.5, None]}).splitlines()
+    assert (head, rule) == ("| model | bits per byte |", "| --- | --- |")
+    assert (first, second) == ("| a | 2.5 |", "| b | - |")
+
+
+def test_checkpoints_are_rows_with_the_figures_of_their_steps(tmp_path: Path) -> None:
+    for step in (20, 5):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    (tmp_path / "checkpoint_manager_snapshot.json").touch()
+    logged = {"loss": [(5, 2.0), (20, 1.0)], "validation_kd": [(20, 0.5)], "seconds": [(5, 1.0)]}
+    assert checkpoints(str(tmp_path), logged) == {
+        "step": [5, 20], "path": [str(tmp_path / "step_00000005"), str(tmp_path / "step_00000020")],
+        "loss": [2.0, 1.0], "validation_kd": [None, 0.5],
+    }  # fmt: skip
+
+
+def test_mappings_are_a_table() -> None:
+    assert mappings_table(reviewed().reports[-1]) == {
+        "teacher": [" color"], "student": [" colour"], "mass": [1.5], "groups": [3], "example": ["a▌ b"],
+    }  # fmt: skip

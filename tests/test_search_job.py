@@ -18,8 +18,8 @@ from tests.whole import CONFIG, finish, start, students, without_the_student, wr
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
-SPACE = {"student.learning_rate": {"type": "choice", "values": [1e-2, 1e-5]}}
-SEARCH = {"space": SPACE, "searcher": "grid", "grace_steps": 4}
+SPACE = {"student.learning_rate": {"type": "choice", "values": [1e-2, 1e-5, 1e-6]}}
+SEARCH = {"space": SPACE, "searcher": "grid", "grace_steps": 4, "seeds": 2}
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -34,7 +34,10 @@ def scores(storage: Path) -> dict[Path, int]:
 
 
 def test_a_killed_search_goes_on_and_scores_nothing(finished: tuple[Path, str, str], tmp_path: Path) -> None:
-    """One trial that finishes, one that the scheduler stops; the driver is killed while the first one trains."""
+    """One trial of two seeds that finishes, two that the scheduler stops; the driver is killed while the first trains.
+
+    A trial begins when the one before it was stopped: its workers have given back the CPUs, which are all there are.
+    """
     storage = tmp_path / "storage"
     without_the_student(finished[0], storage)
     before = scores(storage)
@@ -56,18 +59,22 @@ def test_a_killed_search_goes_on_and_scores_nothing(finished: tuple[Path, str, s
     assert {path.name for path in folder.iterdir()} == {
         "best.yaml", "trials.csv", "trials.parquet", "importance.json",
     }, "no checkpoint is left"  # fmt: skip
-    best, other = pq.read_table(folder / "trials.parquet").to_pylist()
-    assert [(row["state"], row["step"]) for row in (best, other)] == [("finished", 8), ("stopped", 4)]
+    best, other, last = pq.read_table(folder / "trials.parquet").to_pylist()
+    states = [(row["state"], row["step"]) for row in (best, other, last)]
+    assert states == [("finished", 8), ("stopped", 4), ("stopped", 4)]
+    assert best["spread"] > 0 and other["spread"] is None
     assert best["trial"] == begun and best["validation_bits_per_byte"] < other["validation_bits_per_byte"]
     assert load_config(folder / "best.yaml").student.learning_rate == 1e-2
 
     runs = {facts.run["name"]: facts for facts in map(run_facts, run_folders(str(storage)))}
-    for row in (best, other):
+    for row in (best, other, last):
         trial = runs[f"trial {row['trial']}"]
         assert (trial.status, trial.run["parent"]) == ("FINISHED", Path(runs["tiny"].folder).name)
         steps = [step for step, _ in run_series(trial.folder)["loss"]]
         assert steps == list(range(1, len(steps) + 1)) and len(steps) >= row["step"], "no step is lost or twice"
     assert runs[f"trial {other['trial']}"].tags["cdm.stopped"] == "at step 4"
+    seed = runs[f"trial {best['trial']}-seed1"]
+    assert (seed.status, seed.run["parent"]) == ("FINISHED", Path(runs[f"trial {best['trial']}"].folder).name)
 
     once_more = finish(start("search", config, "--retrain", "8"))
     assert "have search" in once_more and "have train cdm" in once_more, "it is the best trial's student"

@@ -1,4 +1,7 @@
-"""A real `mlflow server` on loopback: away at first, then there; what was kept is sent, artefacts and registry too."""
+"""A real `mlflow server` on loopback, over sqlite and over PostgreSQL: away at first, then there.
+
+What was kept is sent, artefacts and registry too.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,25 @@ from cdm import tracking
 from cdm.config import Config, parse_config
 from cdm.journal import open_run
 from cdm.tracking import CHAMPION, Experiment
+from tests.postgres import postgresql
 from tests.whole import CONFIG
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where the server keeps runs: the URI of an empty database."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/server.db"
+    else:
+        with postgresql() as uri:
+            yield uri
+
+
 @contextmanager
-def server(folder: Path, port: int) -> Iterator[None]:
-    options = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/artifacts"]
+def server(folder: Path, store: str, port: int) -> Iterator[None]:
+    options = ["--backend-store-uri", store, "--artifacts-destination", f"{folder}/artifacts"]
     command = [sys.executable, "-m", "mlflow", "server", *options, "--host", "127.0.0.1", "--port", str(port)]
     with open(folder / "server.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen([*command, "--workers", "1"], stdout=log, stderr=log, env=dict(os.environ))
@@ -37,8 +51,9 @@ def server(folder: Path, port: int) -> Iterator[None]:
                 threading.Event().wait(0.1)
             yield
         finally:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
+            if process.poll() is None:
+                for child in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    child.kill()
             process.wait(60)
 
 
@@ -66,7 +81,7 @@ def say(config: Config, folder: Path) -> None:
 
 
 def test_what_a_server_missed_is_sent_when_it_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking, "POLL_SECONDS", 0.1)
     with socket.socket() as probe:
@@ -79,7 +94,7 @@ def test_what_a_server_missed_is_sent_when_it_is_there(
     (student / "config.json").write_text("{}")
     say(config, student)
     assert "2 runs are kept in" in capsys.readouterr().out
-    with server(tmp_path, port):
+    with server(tmp_path, store, port):
         say(config, student)
         assert "kept in" not in capsys.readouterr().out
         client = MlflowClient(uri)
