@@ -23,7 +23,7 @@ from tests.training import SAME
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.long,
+    pytest.mark.machines,
     pytest.mark.skipif(why_not() is not None, reason=f"no machines of our own: {why_not()}"),
 ]
 UNTRAINED = whole.CONFIG["teachers"][0]["model"] | {"training": {"steps": 0}}
