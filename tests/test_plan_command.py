@@ -107,7 +107,8 @@ def test_a_finished_run_calibrates(finished: Finished) -> None:
     storage, config, _ = finished
     records = read_records([str(storage)], gpus=False)
     titles = [record.title for record in records.runs]
-    assert sorted(titles) == ["evaluate", "pretrain teacher", "score teacher", "train cdm, top_k=20", "train sft"]
+    # the four steps of the teacher's own training are too few to tell a rate
+    assert sorted(titles) == ["evaluate", "score teacher", "train cdm, top_k=20", "train sft"]
     assert all(record.seconds and record.config == load_config(config) for record in records.runs)
     speeds = [record.tokens_a_second for record in records.runs if record.title != "evaluate"]
     assert speeds[0] is None or all(speed and speed > 0 for speed in speeds if speed is not None)
