@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -197,7 +198,8 @@ def mlflow_pictures(page: Page, address: str, config: Config, folder: Path) -> N
     page.open(f"{runs}/{trained}/model-metrics?{WORKFLOW}", "d1", "kd", "grad_norm")
     page.settle()
     page.picture(folder / "charts.png")
-    top = ids["pipeline", config.name]
+    evaluated = MlflowClient(tracking_uri(config)).get_run(ids["evaluate", "evaluate"])
+    top = evaluated.data.tags[MLFLOW_PARENT_RUN_ID]  # a pipeline that was cut short shows nothing
     page.open(f"{runs}/{top}/artifacts/bits_per_byte.png?{WORKFLOW}", "overview.html", "results.json")
     until(lambda: page.value(DRAWN), "the artefact's picture")
     page.settle()
