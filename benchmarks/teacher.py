@@ -26,7 +26,8 @@ from benchmarks.table import finish, machine, show
 from cdm.config_corpus import PythonPackages
 from cdm.config_models import Pretrain
 from cdm.corpus import read_documents, write_corpus
-from cdm.engines import TokenRows, TransformersEngine, VllmEngine, _hidden
+from cdm.engines import TransformersEngine, VllmEngine, _hidden
+from cdm.logit_rows import TokenRows
 from cdm.models import build_model
 from cdm.records import Document, Message
 from cdm.teacher import render

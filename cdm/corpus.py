@@ -119,6 +119,15 @@ def documents_of(table: pa.Table) -> list[Document]:
     ]
 
 
+def with_all_splits(corpus: str) -> parts.Manifest:
+    """A corpus's manifest. Raises ValueError naming the splits that have no documents."""
+    manifest = parts.read_manifest(corpus)
+    empty = [split for split, documents in manifest.meta["splits"].items() if not documents]
+    if empty:
+        raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
+    return manifest
+
+
 def split_parts(manifest: parts.Manifest, split: str) -> list[str]:
     """The names of a split's parts, in order. Works for corpora, shards and aligned folders alike."""
     return [name for name in manifest.names if name.startswith(f"{split}-")]

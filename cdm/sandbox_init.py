@@ -161,7 +161,7 @@ def attach(mounted: int, path: str) -> None:
 
 
 def new_root(prefix: str, python: str, program: bytes, size: int) -> None:
-    """This process's root: interpreter, C libraries, five devices, and /work with the program, of `size` bytes."""
+    """This process's root: interpreter, C libraries, five devices, and /box with the program, of `size` bytes."""
     call("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
     trees = {"python/lib": tree(f"{prefix}/lib"), "python/bin/python": tree(python)}
     trees |= {f"dev/{name}": tree(f"/dev/{name}") for name in DEVICES}
@@ -176,7 +176,7 @@ def new_root(prefix: str, python: str, program: bytes, size: int) -> None:
 
     flags = MS_NOSUID | MS_NODEV
     call("mount", b"tmpfs", STAGE.encode(), b"tmpfs", flags, b"size=1m,mode=755")
-    inner = f"{STAGE}/root"
+    inner = f"{STAGE}/jail"
     for place, mounted in trees.items():
         path = f"{inner}/{place}"
         if place.startswith(("dev/", "etc/", "python/bin/")):
@@ -188,21 +188,21 @@ def new_root(prefix: str, python: str, program: bytes, size: int) -> None:
         os.close(mounted)
     for place, target in links.items():
         os.symlink(target, f"{inner}/{place}")
-    os.mkdir(f"{inner}/work")
+    os.mkdir(f"{inner}/box")
     os.mkdir(f"{inner}/old")
-    call("mount", b"tmpfs", f"{inner}/work".encode(), b"tmpfs", flags, f"size={size},nr_inodes=4096,mode=700".encode())
-    with open(f"{inner}/work/program.py", "wb") as file:
+    call("mount", b"tmpfs", f"{inner}/box".encode(), b"tmpfs", flags, f"size={size},nr_inodes=4096,mode=700".encode())
+    with open(f"{inner}/box/program.py", "wb") as file:
         file.write(program)
-    os.chown(f"{inner}/work", NOBODY, NOBODY)
-    os.symlink("work", f"{inner}/tmp")
+    os.chown(f"{inner}/box", NOBODY, NOBODY)
+    os.symlink("box", f"{inner}/tmp")
 
     call("pivot_root", STAGE.encode(), f"{inner}/old".encode())
-    call("umount2", b"/root/old", MNT_DETACH)
-    os.rmdir("/root/old")
+    call("umount2", b"/jail/old", MNT_DETACH)
+    os.rmdir("/jail/old")
     wanted = Attributes(set=ATTR_RDONLY)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, b"/", 0, ctypes.byref(wanted), ctypes.sizeof(wanted))
-    os.chroot("/root")
-    os.chdir("/work")
+    os.chroot("/jail")
+    os.chdir("/box")
 
 
 def no_privileges() -> None:
@@ -271,7 +271,7 @@ def first_process(prefix: str, python: str, status: int, alive: int, limits: dic
         os.setsid()  # a signal to its own group stays inside
         os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
         limit(limits)
-        environment = {"HOME": "/work", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": "/python/lib", "PYTHONHASHSEED": "0"}
+        environment = {"HOME": "/box", "LANG": "C.UTF-8", "LD_LIBRARY_PATH": "/python/lib", "PYTHONHASHSEED": "0"}
         os.execve("/python/bin/python", ["/python/bin/python", "-I", "-S", "-B", "program.py"], environment)
     while True:
         ended, code = os.wait()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from cdm.codec import PADDING_ID, PADDING_LOGP
-from cdm.engines import ENGINES, Engine, TokenRows
+from cdm.engines import ENGINES, Engine
+from cdm.logit_rows import TokenRows
 from cdm.records import Document, ScoredDocument
 from cdm.tokenizers import Tokenizer, check_lossless, load_tokenizer
 

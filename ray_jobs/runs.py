@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 from cdm import __version__
 from cdm.config import Config, digest
 from cdm.journal import Journal
+from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment, code_version
 
 FORMAT = 2  # part of every identity: raised when the same request no longer gives the same bytes
@@ -33,3 +37,17 @@ def open_top_run(experiment: Experiment, config: Config, stage: str, identity: s
 
 def short(*values: object) -> str:
     return digest(FORMAT, *values)[:12]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that exists on disk or on the hub, with what identifies it."""
+
+    name: str
+    path: str
+    revision: str | None
+    identity: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.path, revision=self.revision)

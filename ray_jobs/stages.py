@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from cdm.checkpoints import Metrics
 from cdm.config import Config, storage_path
 from cdm.config_methods import AnyMethod, Cdm, MinEdit, SameTokenizer, Sft, label
 from cdm.config_models import Generation, Pretrain, Student, Teacher, TransformersEngine
-from cdm.corpus import corpus_identity, read_documents, split_parts, write_corpus
+from cdm.corpus import corpus_identity, read_documents, split_parts, with_all_splits, write_corpus
 from cdm.export import read_about
 from cdm.grouping import AlignmentMethod
 from cdm.journal import FOLDER, Journal, Series, closing, run_series
@@ -29,31 +29,16 @@ from cdm.progress import StageView, skipped
 from cdm.records import EvalReport
 from cdm.report import checkpoints
 from cdm.student import TrainingJob
-from cdm.tokenizers import Tokenizer, load_tokenizer
 from cdm.tracking import Experiment
 from cdm.vocab_map import vocab_map_file
 from ray_jobs.align import Sides, align
 from ray_jobs.evaluate import EvaluationJob, completing_dtype, evaluate
 from ray_jobs.generate import generate, generation_identity
-from ray_jobs.runs import open_top_run, short, what_is_asked
+from ray_jobs.runs import Model, open_top_run, short, what_is_asked
 from ray_jobs.score import score
 from ray_jobs.train import run_training
 
 BEFORE = "student before"
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that exists on disk or on the hub, with what identifies it."""
-
-    name: str
-    path: str
-    revision: str | None
-    identity: str
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.path, revision=self.revision)
 
 
 class Pipeline:
@@ -393,15 +378,6 @@ class Pipeline:
             reports = evaluate(job, name, folders, pool, on_progress=view.update, teacher_pool=pool_t)
         write_text(file, json.dumps([asdict(report) for report in reports], indent=1))
         return reports
-
-
-def with_all_splits(corpus: str) -> parts.Manifest:
-    """A corpus's manifest. Raises ValueError naming the splits that have no documents."""
-    manifest = parts.read_manifest(corpus)
-    empty = [split for split, documents in manifest.meta["splits"].items() if not documents]
-    if empty:
-        raise ValueError(f"corpus: no documents in {', '.join(empty)}; take more documents or a larger share")
-    return manifest
 
 
 def _metrics_note(metrics: Metrics) -> str:

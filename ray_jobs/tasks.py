@@ -41,8 +41,8 @@ from cdm.records import Document
 from cdm.scores import Scored, Texts, pass_scores, task_scores
 from cdm.tasks import CATEGORY, exercises, exercises_identity
 from ray_jobs.pool import PartWorker, make_parts
-from ray_jobs.runs import short
-from ray_jobs.stages import BEFORE, Model, Pipeline, write_text
+from ray_jobs.runs import Model, short
+from ray_jobs.stages import BEFORE, Pipeline, write_text
 
 PART = 64  # exercises: a part is the unit of work and of restart
 METRICS = {"instructions": "rouge_l", "final_number": "exact_match"}

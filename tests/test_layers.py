@@ -25,7 +25,7 @@ CORE = (
 )
 STAGES = (
     *("progress", "tokenizers", "python_functions", "sources", "documents"),
-    *("corpus", "models", "engines", "teacher", "shards"),
+    *("corpus", "models", "logit_rows", "engines", "teacher", "shards"),
     *("checks", "generators", "generation"),
     *("sandbox_init", "sandbox", "tasks", "answers"),
     *("grouping", "batches", "adapters", "preflight", "evaluation", "scores", "harness"),

@@ -120,8 +120,8 @@ def test_no_file_of_the_users_and_nothing_to_write_to(tmp_path: Path) -> None:
     assert shown(f"import os\nprint([p for p in {list(map(str, paths))} if os.path.exists(p)])") == "[]"
     for path in (secret, "/x", "/python/x", "/python/lib/x", "/usr/lib/x", "/lib/x", "/etc/ld.so.cache", "/dev/x"):
         assert refused(f"open({str(path)!r}, 'w')") in ("OSError", "PermissionError", "FileNotFoundError"), path
-    assert shown("open('/tmp/x', 'w').write('here')\nprint(open('/work/x').read())") == "here"
-    assert refused("open('/work/x')") == "FileNotFoundError", "the next program sees nothing of the last one"
+    assert shown("open('/tmp/x', 'w').write('here')\nprint(open('/box/x').read())") == "here"
+    assert refused("open('/box/x')") == "FileNotFoundError", "the next program sees nothing of the last one"
 
 
 def test_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +193,12 @@ def test_no_way_to_more_rights() -> None:
     calls = (
         f"{libc}.unshare(0x10000000)",  # another user namespace
         f"{libc}.unshare(0x20000)",
-        f"{libc}.mount(b'none', b'/work', b'tmpfs', 0, None)",
+        f"{libc}.mount(b'none', b'/box', b'tmpfs', 0, None)",
         f"{libc}.ptrace(16, 1, 0, 0)",  # PTRACE_ATTACH
         f"{libc}.sethostname(b'x', 1)",
     )
     assert eval(shown(f"import ctypes\nprint([{', '.join(calls)}])")) == [-1] * len(calls)
-    for attempt in ("os.chroot('/work')", "os.setuid(0)", "os.setgroups([0])", "os.mknod('d', 0o60600, 0x800)"):
+    for attempt in ("os.chroot('/box')", "os.setuid(0)", "os.setgroups([0])", "os.mknod('d', 0o60600, 0x800)"):
         assert refused(attempt) in ("PermissionError", "OSError"), attempt  # OSError: there is no such user inside
     assert shown("import os\nprint(os.getuid(), os.geteuid(), os.getgid(), os.getppid())") == "65534 65534 65534 1"
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
-from cdm.engines import BLOCK_ROWS, LOWEST_LOGP, RowBlocks, TransformersEngine, row_statistics
+from cdm.engines import TransformersEngine
+from cdm.logit_rows import BLOCK_ROWS, LOWEST_LOGP, RowBlocks, row_statistics
 from cdm.records import Document, Message, ScoredDocument
 from cdm.teacher import LEAST_KEPT, CannotScore, TeacherScorer, render
 from cdm.tokenizers import load_tokenizer
